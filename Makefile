@@ -1,0 +1,70 @@
+# Every target makes .venv with the pinned packages first, once; later calls reuse it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# GPU=1 installs faiss-gpu in place of faiss-cpu
+EXTRA := $(if $(GPU),gpu,cpu)
+STAMP := $(VENV)/.installed-$(EXTRA)
+CONFIG ?= demo.toml
+# ARGS="--name sasrec-id --set train.epochs=3" goes to the command
+HLLM := $(BIN)/hllm
+RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
+        bench-seeds test test-all lint types
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+
+$(STAMP): constraints.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	@echo "installing the pinned packages into $(VENV), about two minutes" >&2
+	@$(if $(GPU),$(BIN)/python -m pip uninstall -qy faiss-cpu >&2,true)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test]' >&2
+	@touch $@
+
+install: $(STAMP) ## make .venv with the pinned packages (GPU=1: faiss-gpu)
+
+demo: $(STAMP) ## the whole pipeline on MovieLens-100K, from nothing; its last line is compare-runs' JSON
+	@$(HLLM) demo --config $(CONFIG) $(ARGS)
+
+data: $(STAMP) ## prepare-data: check, quarantine, order (CONFIG=your.toml here and below)
+	@$(call RUN,prepare-data)
+
+tune-items: $(STAMP) ## stage I: tune the Item LLM with a small user tower
+	@$(call RUN,tune-items)
+
+embed-items: $(STAMP) ## embed new and changed items, publish a snapshot
+	@$(call RUN,embed-items)
+
+train-user: $(STAMP) ## stage II: train the user tower on the cache
+	@$(call RUN,train-user)
+
+build-index: $(STAMP) ## FAISS index over the snapshot
+	@$(call RUN,build-index)
+
+evaluate: $(STAMP) ## full-catalog recall and NDCG with intervals
+	@$(call RUN,evaluate)
+
+compare-runs: $(STAMP) ## one table of all evaluated runs
+	@$(call RUN,compare-runs)
+
+recommend: $(STAMP) ## recommend (ARGS="--user ID" or "--items id,id")
+	@$(call RUN,recommend)
+
+bench-seeds: $(STAMP) ## the demo's runs over three seeds, paired difference tuned - frozen
+	@$(HLLM) bench seeds --config $(CONFIG) $(ARGS)
+
+test: $(STAMP) ## the fast tests
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP) ## every test that this machine can run
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	@$(BIN)/mypy

@@ -1,0 +1,24 @@
+"""Length-sorted batches under a token budget, so that padding costs little and memory is bounded."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def token_budget_batches(
+    lengths: NDArray[np.int64], token_budget: int, max_items: int = 4096
+) -> list[NDArray[np.int64]]:
+    """Split rows into batches whose padded size (rows x longest) stays within ``token_budget`` tokens.
+
+    lengths: [N] tokens per row. Returns arrays of row numbers, longest rows first, so that a batch too large
+    for the memory fails at the start; a row longer than the budget is a batch of its own.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        size = max(1, min(token_budget // longest, max_items))
+        batches.append(order[start : start + size])
+        start += size
+    return batches

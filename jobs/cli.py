@@ -1,0 +1,115 @@
+"""The command line: ``hllm COMMAND``. Progress on stderr, one JSON object as the last line of stdout."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from schemas.errors import PipelineError
+
+# command -> (what it does, does it take --snapshot, does it take --split)
+COMMANDS = {
+    "prepare-data": ("check both tables, quarantine bad rows, order events", False, False),
+    "tune-items": ("stage I: tune the Item LLM together with a small user tower", False, False),
+    "embed-items": ("embed new and changed items, publish a snapshot", False, False),
+    "train-user": ("stage II: train the user tower on a snapshot", True, False),
+    "build-index": ("FAISS index over a snapshot", True, False),
+    "evaluate": ("full-catalog recall and NDCG of the run called --name", True, True),
+    "compare-runs": ("one table of the newest evaluation of each name", False, True),
+    "recommend": ("items for a user, or after a list of items", True, False),
+    "demo": ("every step above on the data of the configuration", False, False),
+    "bench": ("a measurement by name", False, False),
+}
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(prog="hllm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, (summary, snapshot, split) in COMMANDS.items():
+        sub = commands.add_parser(command, help=summary, description=summary)
+        sub.add_argument("--config", metavar="TOML", help="a file, or the name of a shipped one (demo.toml)")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
+        if command not in ("demo", "bench"):
+            sub.add_argument("--name", help="run name: a user tower's, popularity or item-knn")
+        if snapshot:
+            sub.add_argument("--snapshot", help="snapshot id; by default the newest that fits")
+        if split:
+            sub.add_argument("--split", choices=("valid", "test"), default="test")
+    recommend = commands.choices["recommend"]
+    who = recommend.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="a user of the data set")
+    who.add_argument("--items", help="item ids, oldest first, with commas between")
+    recommend.add_argument("--k", type=int, default=10, help="how many items")
+    commands.choices["bench"].add_argument("bench", choices=("seeds",))
+    return parser
+
+
+def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
+    """The work of the parsed command, nothing imported before it is needed."""
+    options = vars(arguments)
+    command, config, sets = options["command"], options["config"], options["sets"]
+    if command == "demo":
+        return lambda: importlib.import_module("jobs.demo").run(config or "demo.toml", sets)
+    if command == "bench":
+        benches = importlib.import_module("jobs.bench").BENCHES
+        return lambda: benches[options["bench"]](config or "demo.toml", sets)
+    module = importlib.import_module(f"jobs.{command.replace('-', '_')}")
+    context = importlib.import_module("jobs.context").Context(
+        importlib.import_module("jobs.config").load_config(config, options["name"], sets)
+    )
+    own: dict[str, Any] = {key: options[key] for key in ("snapshot", "split") if key in options}
+    if command == "recommend":
+        items = (options["items"] or "").split(",")
+        own |= {"user": options["user"], "items": [item.strip() for item in items], "k": options["k"]}
+    return lambda: module.run(context, **own)
+
+
+def _quiet() -> None:
+    """Keep libraries from writing between the progress bars. What fails still says so."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _fail(message: str, kind: str) -> None:
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    print(json.dumps({"error": line, "kind": kind}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a known error, 2 usage (argparse), 130 interrupted; else a traceback."""
+    arguments = build_parser().parse_args(argv)
+    _quiet()
+    try:
+        result = _job(arguments)()
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is kept, run the command again to go on", "Interrupted")
+        return INTERRUPTED
+    except PipelineError as error:
+        _fail(str(error), error.kind)
+        return 1
+    except Exception as error:  # only a full disk is known among these; the rest keeps its traceback
+        from pipeline.files import disk_full
+
+        full = disk_full(error)
+        if full is None:
+            raise
+        _fail(str(full), full.kind)
+        return 1
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

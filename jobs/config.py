@@ -1,0 +1,130 @@
+"""The whole configuration: composed here, each part defined beside the code that it configures.
+
+Values come from the shipped defaults, a TOML file, the environment (HLLM__TRAIN__EPOCHS=3), the variant of
+the run's name, and ``--set train.epochs=3``; later ones win.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from item_tower.embed import EmbedConfig
+from item_tower.encoder import EncoderConfig
+from item_tower.prompt import TemplateConfig
+from pipeline.evaluate import EvaluateConfig
+from pipeline.index import IndexConfig
+from pipeline.ingest import DataConfig
+from pipeline.joint import JointConfig
+from pipeline.tracking import TrackingConfig
+from schemas.errors import ConfigError
+from user_tower.model import UserTowerConfig
+from user_tower.train import TrainConfig
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+class ItemTowerConfig(BaseModel):
+    """Which item tower is in force."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    use: str = "tuned"
+    """``tuned``: the newest of tune-items; ``base``: ``encoder.model`` as it is; or the id of a tuned tower."""
+
+
+class Config(BaseSettings):
+    """Every setting of every command; unknown keys are refused."""
+
+    model_config = SettingsConfigDict(env_prefix="HLLM__", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    store: Path = Path("store")
+    """The folder in which everything that the commands make lies."""
+    name: str = "tuned-cache"
+    """Name of the user tower and of its row in the tables."""
+    data: DataConfig = DataConfig()
+    template: TemplateConfig = TemplateConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    item_tower: ItemTowerConfig = ItemTowerConfig()
+    embed: EmbedConfig = EmbedConfig()
+    tune: JointConfig = JointConfig()
+    user_tower: UserTowerConfig = UserTowerConfig()
+    train: TrainConfig = TrainConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Run name -> settings that differ under it, as dotted keys."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line before environment before TOML."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def _nest(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[leaf] = value
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    return f"{source}: {where}: {first['msg']} (got {first.get('input')!r:.80})"
+
+
+def find_toml(name: str) -> Path:
+    """The file of that path, or the shipped one of that name. Raises ConfigError."""
+    for path in (Path(name), SHIPPED / name, SHIPPED / f"{name}.toml"):
+        if path.is_file():
+            return path
+    shipped = sorted(path.name for path in SHIPPED.glob("*.toml"))
+    raise ConfigError(f"--config {name}: no such file; shipped are {shipped}")
+
+
+def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
+    """The configuration of one command. Raises ConfigError naming file, key and value."""
+    path = find_toml(toml) if toml else None
+
+    class FileConfig(Config):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    try:
+        values: dict[str, Any] = {"name": name} if name else {}
+        for dotted, value in FileConfig(**values).variants.get(name or "", {}).items():
+            _nest(values, dotted, value)
+        for assignment in sets:
+            dotted, equals, text = assignment.partition("=")
+            if not equals:
+                raise ConfigError(f"--set {assignment}: expected key=value, such as train.epochs=3")
+            _nest(values, dotted.strip(), _parse(text.strip()))
+        return FileConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path or "configuration"))) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error

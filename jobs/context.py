@@ -1,0 +1,178 @@
+"""What every job starts from: configuration, store, tracker, and the item tower in force."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from item_tower.encoder import ItemEncoder, default_device
+from item_tower.fingerprint import fingerprint
+from jobs.config import Config
+from pipeline.cache import open_snapshot, require_fingerprint
+from pipeline.dataset import OpenDataset, open_dataset
+from pipeline.store import Store
+from pipeline.tracking import Tracker
+from schemas.errors import FingerprintMismatchError
+from schemas.hashing import Digest
+from schemas.records import Dataset, ItemTower, Snapshot, UserTower
+from user_tower.model import Catalog
+from user_tower.model import UserTower as UserTowerModel
+
+
+def code_version() -> str:
+    """The package's version and, in a git checkout, the commit."""
+    try:
+        number = version("hllm-pipeline")
+    except PackageNotFoundError:
+        number = "unpackaged"
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return number
+    return f"{number}+{done.stdout.strip()}" if done.returncode == 0 else number
+
+
+def inputs_hash(*parts: str | BaseModel | None) -> str:
+    """One hash of everything that decides an output: texts, and settings as JSON."""
+    digest = Digest()
+    for part in parts:
+        digest.add(json.dumps(part.model_dump(mode="json") if isinstance(part, BaseModel) else part))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TowerInForce:
+    """An item tower ready to use. record: None for the untuned one."""
+
+    encoder: ItemEncoder
+    fingerprint: str
+    record: ItemTower | None
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class ServingTower:
+    """A user tower bound to the catalog that it scores: the items of one snapshot, or of the data set (ids).
+
+    item_ids, available: N, by catalog row; snapshot: None for a tower that reads ids.
+    """
+
+    record: UserTower
+    tower: UserTowerModel
+    catalog: Catalog
+    item_ids: list[str]
+    available: NDArray[np.bool_]
+    snapshot: Snapshot | None
+
+
+class Context:
+    """One command's surroundings."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.store = Store(config.store)
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """MLflow, opened when first needed."""
+        return Tracker(self.config.tracking, self.store.root)
+
+    @cached_property
+    def code(self) -> str:
+        """See ``code_version``."""
+        return code_version()
+
+    @cached_property
+    def dataset(self) -> OpenDataset:
+        """The newest prepared data set of the configured name. Raises NotFoundError."""
+        return open_dataset(self.store, self.store.require(Dataset, name=self.config.data.name))
+
+    def item_tower_record(self) -> ItemTower | None:
+        """The tuned tower in force, None for the untuned one. Raises NotFoundError."""
+        use = self.config.item_tower.use
+        if use == "base":
+            return None
+        if use == "tuned":
+            return self.store.require(ItemTower, name="tuned")
+        return self.store.get(ItemTower, use)
+
+    def item_fingerprint(self) -> str:
+        """Fingerprint of the item tower in force, its weights read only where no record tells it."""
+        record = self.item_tower_record()
+        if record is not None and record.output_dtype == self.config.embed.output_dtype:
+            return record.fingerprint
+        return self.item_tower().fingerprint
+
+    def item_tower(self) -> TowerInForce:
+        """Load the item tower in force and check what it is.
+
+        Raises FingerprintMismatchError when the files are not those that were recorded.
+        """
+        record = self.item_tower_record()
+        output_dtype = self.config.embed.output_dtype
+        if record is None:
+            encoder = ItemEncoder.from_config(self.config.encoder, self.config.template)
+            return TowerInForce(encoder, fingerprint(encoder, output_dtype), None, None)
+        folder = self.store.folder(record)
+        encoder = ItemEncoder.load(folder)
+        found = fingerprint(encoder, record.output_dtype)
+        if found != record.fingerprint:
+            raise FingerprintMismatchError(
+                f"{folder} was recorded as item tower {record.fingerprint} and is now {found}: its files "
+                f"or the tokenizer library changed; restore it, or tune again"
+            )
+        if output_dtype != record.output_dtype:
+            found = fingerprint(encoder, output_dtype)
+        return TowerInForce(encoder, found, record, folder)
+
+    def snapshot(self, fingerprint: str, reader: str, snapshot_id: str | None) -> Snapshot:
+        """The named snapshot, or the newest one of that item tower.
+
+        Raises NotFoundError; FingerprintMismatchError when the named one belongs to another item tower.
+        """
+        if snapshot_id is None:
+            return self.store.require(Snapshot, fingerprint=fingerprint)
+        chosen = self.store.get(Snapshot, snapshot_id)
+        require_fingerprint(chosen, fingerprint, reader)
+        return chosen
+
+    def serving_tower(self, snapshot_id: str | None) -> ServingTower:
+        """The newest user tower of the configured name over a snapshot of its item tower.
+
+        Raises NotFoundError, FingerprintMismatchError, StoreError.
+        """
+        record = self.store.require(UserTower, name=self.config.name)
+        tower = UserTowerModel.load(self.store.folder(record)).to(default_device())
+        if record.item_fingerprint is None:
+            item_ids, available = self.dataset.item_ids, self.dataset.available
+            catalog = tower.catalog(item_ids, None, np.arange(len(item_ids)))
+            return ServingTower(record, tower, catalog, item_ids, available, None)
+        reader = f"user tower {record.id} ({record.name})"
+        chosen = self.snapshot(record.item_fingerprint, reader, snapshot_id)
+        matrix = open_snapshot(self.store, chosen)
+        catalog = tower.catalog(matrix.item_ids, matrix.vectors, matrix.groups)
+        return ServingTower(record, tower, catalog, matrix.item_ids, matrix.available, chosen)
+
+    def titles(self) -> dict[str, str]:
+        """What to print for each item: its first template field, or its id where that is empty."""
+        ids = self.dataset.item_ids
+        field = self.config.template.fields[0]
+        if field not in self.dataset.items.column_names:
+            return dict(zip(ids, ids, strict=True))
+        texts = self.dataset.items.column(field).to_pylist()
+        return {item_id: str(text) if text else item_id for item_id, text in zip(ids, texts, strict=True)}
+
+    def settings(self, *sections: str) -> dict[str, Any]:
+        """Some sections of the configuration as plain values, for the run's record."""
+        return self.config.model_dump(mode="json", include=set(sections))

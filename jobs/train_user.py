@@ -1,0 +1,142 @@
+"""train-user: stage II, the user tower on the cached vectors of one snapshot; or an ID baseline on ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from item_tower.encoder import default_device
+from jobs.context import Context, inputs_hash
+from pipeline.baselines import TowerRecommender
+from pipeline.cache import open_snapshot
+from pipeline.evaluate import rank_targets
+from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.metrics import per_user
+from pipeline.splits import queries, training_part
+from schemas.errors import ConfigError
+from schemas.records import Snapshot, UserTower
+from user_tower.model import UserTower as UserTowerModel
+from user_tower.sequences import Batch, training_batches
+from user_tower.train import FitResult, UserStep, fit
+
+
+@dataclass(frozen=True)
+class Features:
+    """The catalog to train on. rows: [data set's N] its row of each of the data set's items, -1 if absent."""
+
+    snapshot: Snapshot | None
+    item_ids: list[str]
+    vectors: NDArray[np.floating] | None
+    groups: NDArray[np.int64]
+    available: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+
+
+def open_features(context: Context, snapshot_id: str | None) -> Features:
+    """The snapshot of the item tower in force, or the data set's ids. Raises FingerprintMismatchError."""
+    dataset = context.dataset
+    if context.config.user_tower.features == "id":
+        if snapshot_id is not None:
+            raise ConfigError("user_tower.features is id: such a tower reads no snapshot; leave --snapshot out")
+        rows = np.arange(len(dataset.item_ids))
+        return Features(None, dataset.item_ids, None, rows, dataset.available, rows)
+    use = context.config.item_tower.use
+    chosen = context.snapshot(context.item_fingerprint(), f"train-user with item_tower.use = {use!r}", snapshot_id)
+    matrix = open_snapshot(context.store, chosen)
+    rows = catalog_rows(dataset.item_ids, matrix.item_ids)
+    return Features(chosen, matrix.item_ids, matrix.vectors, matrix.groups, matrix.available, rows)
+
+
+def catalog_rows(from_ids: list[str], to_ids: list[str]) -> NDArray[np.int64]:
+    """[len(from_ids)] the place of each id in ``to_ids``, -1 where it is not there."""
+    places = {item_id: row for row, item_id in enumerate(to_ids)}
+    return np.array([places.get(item_id, -1) for item_id in from_ids], dtype=np.int64)
+
+
+def _train(context: Context, features: Features) -> tuple[UserTowerModel, FitResult]:
+    config, histories = context.config, context.dataset.histories
+    training = training_part(histories).map_items(features.rows)
+    validation = queries(histories, "valid").map_items(features.rows)
+    torch.manual_seed(config.train.seed)
+    vocabulary = None
+    if features.vectors is None:
+        vocabulary = [features.item_ids[row] for row in np.unique(training.items)]
+    item_dim = None if features.vectors is None else features.vectors.shape[1]
+    tower = UserTowerModel(config.user_tower, item_dim, vocabulary).to(default_device())
+    catalog = tower.catalog(features.item_ids, features.vectors, features.groups)
+    candidates = torch.from_numpy(np.flatnonzero(features.available)).to(catalog.groups.device)
+    step = UserStep(tower, catalog, candidates, config.train.negatives)
+
+    def batches(epoch: int) -> Iterable[Batch]:
+        rng = np.random.default_rng([config.train.seed, epoch])
+        return training_batches(training, config.user_tower.history, config.train.batch_size, rng)
+
+    def validate() -> dict[str, float]:
+        ranks = rank_targets(TowerRecommender(tower, catalog), validation, features.available, config.evaluate)
+        values = per_user(ranks.above, ranks.ties, config.evaluate.ks, len(features.item_ids))
+        return {name: float(value.mean()) for name, value in values.items()}
+
+    groups = [{"params": list(tower.parameters())}]
+    label = f"train-user {config.name}"
+    result = fit(step, groups, batches, validate, config.train, name=label, metric=config.evaluate.metric)
+    return tower, result
+
+
+def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
+    """Train, save, publish. Raises NotFoundError, FingerprintMismatchError, StoreError."""
+    config, store = context.config, context.store
+    features = open_features(context, snapshot)
+    content = features.snapshot.content_digest if features.snapshot else None
+    digest = context.dataset.record.digest
+    inputs = inputs_hash(digest, content, config.user_tower, config.train, config.evaluate)
+    earlier = store.all(UserTower, name=config.name)
+    if earlier and earlier[-1].inputs == inputs:
+        return _report(earlier[-1], reused=True)
+    sections = context.settings("name", "user_tower", "train", "data", "evaluate", "item_tower")
+    with context.tracker.run("train-user", config.name, sections, {"dataset": digest, "inputs": inputs}) as run:
+        tower, result = _train(context, features)
+        for point in result.curve:
+            run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
+        run.metrics({"positions_per_second": result.positions_per_second}, result.steps)
+        made = tower.fingerprint()
+        created_at = next_created_at(earlier)
+        record = UserTower(
+            id=record_id(created_at, made),
+            created_at=created_at,
+            name=config.name,
+            features=config.user_tower.features,
+            inputs=inputs,
+            item_fingerprint=features.snapshot.fingerprint if features.snapshot else None,
+            snapshot=features.snapshot.id if features.snapshot else None,
+            dataset=digest,
+            fingerprint=made,
+            config=config.user_tower.model_dump(mode="json"),
+            run_id=run.run_id,
+            steps=result.steps,
+            positions_per_second=round(result.positions_per_second, 1),
+            valid=result.best,
+        )
+        with new_folder(store.folder(record)) as folder:
+            tower.save(folder)
+            write_record(folder, record)
+        tags = {"user_tower": record.id, "user_fingerprint": made, "snapshot": str(record.snapshot)}
+        run.tags({**tags, "fingerprint": str(record.item_fingerprint), "code": context.code})
+    return _report(record, reused=False)
+
+
+def _report(record: UserTower, reused: bool) -> dict[str, Any]:
+    return {
+        "run_id": record.run_id,
+        "user_tower": record.id,
+        "name": record.name,
+        "snapshot": record.snapshot,
+        "steps": record.steps,
+        "positions_per_second": record.positions_per_second,
+        "valid": record.valid,
+        "reused": reused,
+    }

@@ -1,0 +1,162 @@
+"""tune-items: stage I, the Item LLM and a small user tower tuned together on the training part of the split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from item_tower.embed import encode_texts
+from item_tower.encoder import ItemEncoder, default_device
+from item_tower.fingerprint import fingerprint
+from item_tower.prompt import TemplateConfig, apply_empty_policy, content_keys, render
+from jobs.context import Context, inputs_hash
+from pipeline.baselines import TowerRecommender
+from pipeline.evaluate import rank_targets
+from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.joint import JointStep
+from pipeline.metrics import per_user
+from pipeline.splits import PROTOCOL, Queries, queries, training_part
+from schemas.records import ItemTower
+from user_tower.model import Catalog, UserTower
+from user_tower.sequences import Batch, Histories, training_batches
+from user_tower.train import FitResult, UserStep, fit
+
+NAME = "tuned"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The items that have text, and the questions about them, in rows of this catalog.
+
+    texts, item_ids: N; groups: int64 [N], items of the same text share a number; available: bool [N].
+    """
+
+    texts: list[str]
+    item_ids: list[str]
+    groups: NDArray[np.int64]
+    available: NDArray[np.bool_]
+    training: Histories
+    validation: Queries
+
+
+def open_corpus(context: Context, template: TemplateConfig) -> Corpus:
+    """Render the catalog and split the histories. Raises DataError, ConfigError."""
+    dataset = context.dataset
+    texts, ids = render(dataset.items, template), dataset.item_ids
+    kept = apply_empty_policy(ids, texts, template)
+    rows = np.full(len(texts), -1, dtype=np.int64)
+    rows[kept] = np.arange(len(kept))
+    texts = [texts[row] for row in kept]
+    _, groups = np.unique(np.array(content_keys(texts), dtype="S16"), return_inverse=True)
+    return Corpus(
+        texts,
+        [ids[row] for row in kept],
+        groups.astype(np.int64),
+        dataset.available[kept],
+        training_part(dataset.histories).map_items(rows),
+        queries(dataset.histories, "valid").map_items(rows),
+    )
+
+
+def _tune(context: Context, encoder: ItemEncoder) -> tuple[JointStep, FitResult]:
+    config, evaluate = context.config.tune, context.config.evaluate
+    corpus = open_corpus(context, encoder.template)
+    torch.manual_seed(config.train.seed)
+    device = default_device()
+    tower = UserTower(config.user_tower, encoder.dim, None).to(device)
+    groups = torch.from_numpy(corpus.groups)
+    token_ids = encoder.tokenise(corpus.texts).input_ids
+    step = JointStep(encoder.to(device), tower, token_ids, groups, config)
+
+    def batches(epoch: int) -> Iterable[Batch]:
+        rng = np.random.default_rng([config.train.seed, epoch])
+        return training_batches(corpus.training, config.user_tower.history, config.train.batch_size, rng)
+
+    def figures(catalog: Catalog) -> dict[str, float]:
+        ranks = rank_targets(TowerRecommender(tower, catalog), corpus.validation, corpus.available, evaluate)
+        values = per_user(ranks.above, ranks.ties, evaluate.ks, len(corpus.item_ids))
+        return {name: float(value.mean()) for name, value in values.items()}
+
+    def encode() -> Catalog:
+        vectors, _, _ = encode_texts(encoder, corpus.texts, config.token_budget)
+        return tower.catalog(corpus.item_ids, vectors, corpus.groups)
+
+    if config.warmup_epochs:
+        untuned = encode()
+        alone = UserStep(tower, untuned, torch.from_numpy(np.flatnonzero(corpus.available)).to(device), 0)
+        warmup = config.train.model_copy(update={"epochs": config.warmup_epochs, "max_steps": None})
+        parameters = [{"params": list(tower.parameters())}]
+        metric = evaluate.metric
+        fit(alone, parameters, batches, lambda: figures(untuned), warmup, name="tune-items warm-up", metric=metric)
+    result = fit(
+        step,
+        step.parameter_groups(),
+        lambda epoch: batches(config.warmup_epochs + epoch),
+        lambda: figures(encode()),
+        config.train,
+        name="tune-items",
+        metric=evaluate.metric,
+    )
+    return step, result
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Tune, save, publish. Raises DataError, ConfigError, NotFoundError."""
+    config, store = context.config, context.store
+    encoder = ItemEncoder.from_config(config.encoder, config.template)
+    base = fingerprint(encoder, config.embed.output_dtype)
+    inputs = inputs_hash(base, context.dataset.record.digest, config.tune, config.evaluate)
+    earlier = store.all(ItemTower, name=NAME)
+    if earlier and earlier[-1].inputs == inputs:
+        return _report(earlier[-1], reused=True)
+    tags = {"dataset": context.dataset.record.digest, "inputs": inputs}
+    sections = context.settings("encoder", "template", "tune", "data", "evaluate")
+    with context.tracker.run("tune-items", NAME, sections, tags) as run:
+        step, result = _tune(context, encoder)
+        for point in result.curve:
+            run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
+        made = fingerprint(step.encoder, config.embed.output_dtype)
+        created_at = next_created_at(earlier)
+        record = ItemTower(
+            id=record_id(created_at, made),
+            created_at=created_at,
+            name=NAME,
+            fingerprint=made,
+            output_dtype=config.embed.output_dtype,
+            inputs=inputs,
+            base=config.encoder.model,
+            dataset=context.dataset.record.digest,
+            split=f"{PROTOCOL}: training part, model chosen on valid",
+            run_id=run.run_id,
+            steps=result.steps,
+            epochs=result.epochs,
+            items_encoded=step.items_encoded,
+            items_unique=step.items_unique,
+            valid=result.best,
+        )
+        with new_folder(store.folder(record)) as folder:
+            step.encoder.save(folder)
+            (folder / "user_tower").mkdir()
+            step.tower.save(folder / "user_tower")
+            write_record(folder, record)
+        run.tags({"item_tower": record.id, "fingerprint": made})
+    return _report(record, reused=False)
+
+
+def _report(record: ItemTower, reused: bool) -> dict[str, Any]:
+    return {
+        "run_id": record.run_id,
+        "item_tower": record.id,
+        "fingerprint": record.fingerprint,
+        "steps": record.steps,
+        "epochs": record.epochs,
+        "items_encoded": record.items_encoded,
+        "items_unique": record.items_unique,
+        "valid": record.valid,
+        "reused": reused,
+    }

@@ -1,0 +1,75 @@
+"""Where everything lies in a store, and how the newest of each kind is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.files import read_record, records
+from schemas.errors import NotFoundError
+from schemas.records import Dataset, Index, ItemTower, Record, Snapshot, UserTower
+
+R = TypeVar("R", bound=Record)
+
+FOLDERS: dict[type[Record], str] = {
+    Dataset: "datasets",
+    ItemTower: "item_towers",
+    Snapshot: "snapshots",
+    UserTower: "user_towers",
+    Index: "indexes",
+}
+MADE_BY: dict[type[Record], str] = {
+    Dataset: "hllm prepare-data",
+    ItemTower: "hllm tune-items",
+    Snapshot: "hllm embed-items",
+    UserTower: "hllm train-user",
+    Index: "hllm build-index",
+}
+
+
+class Store:
+    """A folder of immutable folders, each described by its ``record.json``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def embeddings(self) -> Path:
+        """The Delta table of all embeddings."""
+        return self.root / "item_embeddings"
+
+    def folder(self, record: Record) -> Path:
+        """Where the files of a record lie."""
+        return self.parent(type(record)) / record.id
+
+    def parent(self, kind: type[Record]) -> Path:
+        """Where all records of a kind lie."""
+        return self.root / FOLDERS[kind]
+
+    def all(self, kind: type[R], **wanted: object) -> list[R]:
+        """Records of a kind whose fields have the wanted values, oldest first."""
+        found = records(self.parent(kind), kind)
+        return [r for r in found if all(getattr(r, name) == value for name, value in wanted.items())]
+
+    def newest(self, kind: type[R], **wanted: object) -> R | None:
+        """The newest record of a kind whose fields have the wanted values, or None."""
+        return next(reversed(self.all(kind, **wanted)), None)
+
+    def require(self, kind: type[R], **wanted: object) -> R:
+        """As ``newest``. Raises NotFoundError, naming the command that makes one."""
+        record = self.newest(kind, **wanted)
+        if record is None:
+            which = "".join(f", {name} {value}" for name, value in wanted.items())
+            raise NotFoundError(f"no {FOLDERS[kind][:-1]} in {self.root}{which}; run {MADE_BY[kind]} first")
+        return record
+
+    def get(self, kind: type[R], record_id: str) -> R:
+        """The record of that id, or of the only id that starts so. Raises NotFoundError."""
+        parent = self.parent(kind)
+        matches = sorted(path.parent for path in parent.glob("[!.]*/record.json"))
+        exact = [path for path in matches if path.name == record_id]
+        matches = exact or [path for path in matches if path.name.startswith(record_id)]
+        if len(matches) != 1:
+            what = "no" if not matches else f"{len(matches)}"
+            raise NotFoundError(f"{what} {FOLDERS[kind]} called {record_id!r} in {parent}")
+        return read_record(matches[0], kind)

@@ -1,0 +1,144 @@
+"""MLflow: runs, figures, artifacts. The only file that imports mlflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+EXPERIMENT = "hllm"
+
+
+class TrackingConfig(BaseModel):
+    """Where runs are logged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str | None = None
+    """An MLflow tracking URI; by default SQLite inside the store. MLFLOW_TRACKING_URI goes before it."""
+    experiment: str = EXPERIMENT
+
+
+class Run:
+    """One MLflow run being written."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client = client
+        self.run_id = run_id
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log figures; '@' becomes '_at_', which MLflow accepts."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        logged = [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()]
+        self._client.log_batch(self.run_id, metrics=logged)
+
+    def tags(self, values: dict[str, str]) -> None:
+        """Set tags."""
+        for name, value in values.items():
+            self._client.set_tag(self.run_id, name, value)
+
+    def artifact(self, name: str, content: str | pa.Table) -> None:
+        """Log text, or an Arrow table as Parquet, under a file name."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            if isinstance(content, str):
+                path.write_text(content)
+            else:
+                pq.write_table(content, path)
+            self._client.log_artifact(self.run_id, str(path))
+
+
+class FoundRun(BaseModel):
+    """A finished run as read back."""
+
+    run_id: str
+    name: str
+    tags: dict[str, str]
+
+
+class Tracker:
+    """The runs of one store."""
+
+    def __init__(self, config: TrackingConfig, store: Path) -> None:
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        from mlflow import MlflowClient
+
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+        root = store.resolve()
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
+        self._artifacts = None
+        if uri is None:
+            root.mkdir(parents=True, exist_ok=True)
+            uri = f"sqlite:///{root / 'mlflow.db'}"
+            self._artifacts = (root / "mlartifacts").as_uri()
+        self._client = MlflowClient(tracking_uri=uri)
+        self._experiment = config.experiment
+
+    def _experiment_id(self) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
+
+    @contextmanager
+    def run(self, kind: str, name: str, config: dict[str, Any], tags: dict[str, str]) -> Iterator[Run]:
+        """A run that ends FINISHED, or FAILED (KILLED on Ctrl-C) with the exception passed on.
+
+        config: logged whole as config.json, and its leaves as parameters.
+        """
+        from mlflow.entities import Param
+
+        created = self._client.create_run(
+            self._experiment_id(), run_name=name, tags={"kind": kind, "mlflow.runName": name, **tags}
+        )
+        run = Run(self._client, created.info.run_id)
+        status = "FAILED"
+        try:
+            parameters = [Param(key, value) for key, value in _leaves(config)]
+            self._client.log_batch(run.run_id, params=parameters)
+            run.artifact("config.json", json.dumps(config, indent=1))
+            yield run
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            self._client.set_terminated(run.run_id, status)
+
+    def find(self, **tags: str) -> list[FoundRun]:
+        """Finished runs with these tags, newest first."""
+        wanted = " and ".join([*(f"tags.{key} = '{value}'" for key, value in tags.items()), "status = 'FINISHED'"])
+        runs = self._client.search_runs([self._experiment_id()], wanted, order_by=["attributes.start_time DESC"])
+        return [FoundRun(run_id=r.info.run_id, name=r.info.run_name, tags=dict(r.data.tags)) for r in runs]
+
+    def read_json(self, run_id: str, name: str) -> Any:
+        """A JSON artifact of a run."""
+        with tempfile.TemporaryDirectory() as folder:
+            return json.loads(Path(self._client.download_artifacts(run_id, name, folder)).read_text())
+
+    def read_table(self, run_id: str, name: str) -> pa.Table:
+        """A Parquet artifact of a run."""
+        with tempfile.TemporaryDirectory() as folder:
+            return pq.read_table(self._client.download_artifacts(run_id, name, folder))
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)[:500]

@@ -1,0 +1,44 @@
+"""The errors a user can cause or meet. The command line prints each in one line and exits with 1."""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base of every known error; its message says what was wrong, the value, and the way out."""
+
+    @property
+    def kind(self) -> str:
+        """The class name without ``Error``, as printed in the JSON under ``kind``."""
+        return type(self).__name__.removesuffix("Error")
+
+
+class ConfigError(PipelineError):
+    """A setting is unknown, malformed, or contradicts another one."""
+
+
+class DataError(PipelineError):
+    """An input table is missing, unreadable, of the wrong shape, or empty."""
+
+
+class FingerprintMismatchError(PipelineError):
+    """Vectors or weights of two different item towers were about to be mixed."""
+
+
+class NotFoundError(PipelineError):
+    """Something named by the user (a user, an item, a snapshot, a tower) is not in the store."""
+
+
+class StoreError(PipelineError):
+    """A file of the store is damaged, missing, or of an unknown format."""
+
+
+class DiskFullError(PipelineError):
+    """The disk is full; nothing half-written was published."""
+
+
+class EmbeddingError(PipelineError):
+    """The item tower produced something that must not be stored (NaN, overflow, a zero vector)."""
+
+
+class DownloadError(PipelineError):
+    """A download failed or did not have the expected checksum."""

@@ -1,0 +1,100 @@
+"""The frozen records that describe what lies in the store. Each is one small JSON file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+STORE_FORMAT = 1
+
+
+class Record(BaseModel):
+    """Base: frozen, unknown keys refused, so that a file of a newer store is noticed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    created_at: int  # milliseconds since 1970, UTC; strictly growing among records of one name
+    store_format: int = STORE_FORMAT
+
+
+class Dataset(Record):
+    """One prepared, checked and ordered copy of catalog and interactions."""
+
+    name: str
+    digest: str  # of the ordered rows: the data version of every figure
+    items: int
+    users: int
+    interactions: int
+    quarantined: int
+    filtered: dict[str, int]  # reason -> rows
+    rows_in: dict[str, int]  # table -> rows read
+    watermark: int  # latest event, milliseconds
+
+
+class ItemTower(Record):
+    """A tuned Item LLM."""
+
+    name: str
+    fingerprint: str
+    output_dtype: str  # of the cached vectors for which ``fingerprint`` was taken
+    inputs: str  # hash of everything that decided the weights
+    base: str  # the model that it was tuned from
+    dataset: str  # digest of the data that it was tuned on
+    split: str  # what of that data it saw
+    run_id: str
+    steps: int
+    epochs: int
+    items_encoded: int
+    items_unique: int
+    valid: dict[str, float]
+
+
+class Snapshot(Record):
+    """The immutable map item_id -> key under one fingerprint. Without its file it does not exist."""
+
+    fingerprint: str
+    parent: str | None
+    content_digest: str  # over fingerprint and sorted (item_id, key, available)
+    vectors_digest: str  # over the [N, dim] array in item order
+    dim: int
+    dtype: str
+    items: int
+    embedded: int
+    reused: int
+    removed: int
+    quarantined: int
+    dataset: str
+    code_version: str
+    run_id: str
+
+
+class UserTower(Record):
+    """A trained user tower."""
+
+    name: str
+    features: str
+    inputs: str
+    item_fingerprint: str | None  # None: it reads ids only and pairs with any snapshot
+    snapshot: str | None  # trained on; a later snapshot of the same fingerprint may serve it
+    dataset: str
+    fingerprint: str
+    config: dict[str, Any]
+    run_id: str
+    steps: int
+    positions_per_second: float
+    valid: dict[str, float]
+
+
+class Index(Record):
+    """A FAISS index over the available items of one snapshot."""
+
+    kind: str
+    snapshot: str | None  # None: the candidates are an ID tower's table
+    item_fingerprint: str | None
+    user_tower: str | None  # set when the candidates are not the cached vectors themselves
+    vectors: int
+    dim: int
+    bytes: int
+    checksum: str

@@ -1,0 +1,147 @@
+"""An item's vector is its own: alone, in any batch, in any order, after a load."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from item_tower.batching import token_budget_batches
+from item_tower.embed import EmbedConfig, check_vectors, embed_table, encode_texts
+from item_tower.encoder import EncoderConfig, ItemEncoder
+from item_tower.prompt import TemplateConfig
+from schemas.errors import ConfigError, EmbeddingError, StoreError
+
+TEXTS = ["red 1", "the blue 2, year: 3", "a", "red " * 20, "blue 5 . 6 7", "the the the the red"]
+# Cosine of a bfloat16 vector alone and in a batch: another shape may take another kernel and rounds otherwise.
+BF16_COSINE = 0.999
+
+
+def vectors(encoder: ItemEncoder, texts: list[str], token_budget: int = 4096) -> np.ndarray:
+    return encode_texts(encoder, texts, token_budget)[0]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_vector_does_not_depend_on_its_batch(make_encoder, kind):
+    encoder = make_encoder(kind)
+    together = vectors(encoder, TEXTS)
+    alone = np.concatenate([vectors(encoder, [text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(vectors(encoder, TEXTS[::-1], token_budget=30)[::-1], alone, atol=1e-5)
+    assert np.abs(alone[0] - alone[1]).max() > 1e-2  # the texts differ at all
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_bfloat16_vector_hardly_depends_on_its_batch(make_encoder, kind):
+    encoder = make_encoder(kind, compute_dtype="bfloat16")
+    together = vectors(encoder, TEXTS)
+    alone = np.concatenate([vectors(encoder, [text]) for text in TEXTS])
+    exact = vectors(make_encoder(kind), TEXTS)
+    for other in (alone, exact):
+        norms = np.linalg.norm(together, axis=1) * np.linalg.norm(other, axis=1)
+        assert ((together * other).sum(1) / norms).min() > BF16_COSINE
+
+
+def test_the_item_token_is_read_after_the_text(make_encoder):
+    """Against Hugging Face by hand: [ITEM] appended to the embedded text, its last hidden state."""
+    encoder = make_encoder("llama")
+    ids = encoder.tokenise(TEXTS[:1]).input_ids[0]
+    with torch.inference_mode():
+        embedded = encoder.model.get_input_embeddings()(torch.tensor([ids]))
+        whole = torch.cat([embedded, encoder.item_token[None, None]], dim=1)
+        expected = encoder.model(inputs_embeds=whole).last_hidden_state[0, -1]
+    np.testing.assert_allclose(vectors(encoder, TEXTS)[0], expected.numpy(), atol=1e-5)
+
+
+def test_mean_and_cls_pooling_by_hand(make_encoder):
+    encoder, cls = make_encoder("bert"), make_encoder("bert", pooling="cls")
+    with torch.inference_mode():
+        hidden = encoder.model(torch.tensor([encoder.tokenise(TEXTS[:1]).input_ids[0]])).last_hidden_state[0]
+    np.testing.assert_allclose(vectors(encoder, TEXTS)[0], hidden.mean(0).numpy(), atol=1e-5)
+    np.testing.assert_allclose(vectors(cls, TEXTS)[0], hidden[0].numpy(), atol=1e-5)
+
+
+def test_gradients_reach_the_item_token_and_the_weights(make_encoder):
+    encoder = make_encoder("llama", projection_dim=8)
+    encoder.encode_ids(encoder.tokenise(TEXTS).input_ids, 64).square().sum().backward()
+    assert encoder.item_token.grad.abs().sum() > 0
+    assert encoder.projection.weight.grad.abs().sum() > 0
+    assert encoder.model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_truncation_is_counted_and_leaves_room_for_the_item_token(make_encoder):
+    encoder = make_encoder("llama", max_length=6)
+    tokens = encoder.tokenise(["red 1", "red " * 6, "red " * 7])
+    assert tokens.truncated.tolist() == [False, False, True]
+    assert tokens.lengths.tolist() == [2, 6, 6]
+    padded, mask = encoder.pad(tokens.input_ids)
+    assert padded.shape == (3, 7)
+    assert mask.sum(1).tolist() == [3, 7, 7]
+
+
+def test_truncation_side(make_encoder):
+    text = ["red blue 1 2 3"]
+    right = make_encoder("llama", max_length=2).tokenise(text).input_ids
+    left = make_encoder("llama", max_length=2, truncation_side="left").tokenise(text).input_ids
+    plain = make_encoder("llama").tokenise(text).input_ids[0]
+    assert (right[0], left[0]) == (plain[:2], plain[-2:])
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_save_and_load(make_encoder, kind, tmp_path):
+    encoder = make_encoder(kind, projection_dim=8, template=TemplateConfig(fields=("year", "title")))
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    encoder.save(tmp_path)
+    loaded = ItemEncoder.load(tmp_path)
+    np.testing.assert_array_equal(vectors(loaded, TEXTS), vectors(encoder, TEXTS))
+    assert (loaded.config, loaded.template) == (encoder.config, encoder.template)
+    (tmp_path / "head.safetensors").write_bytes(b"damaged")
+    with pytest.raises(StoreError, match="cannot be read"):
+        ItemEncoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no/such-folder-or-hub-name", "package:no_such_package/x", "package:torch/no"])
+def test_an_unknown_model_is_a_clear_error(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"encoder\.model = "):
+        ItemEncoder.from_config(EncoderConfig(model=name), TemplateConfig())
+
+
+def test_batches_hold_the_budget_and_every_row_once():
+    lengths = np.random.default_rng(0).integers(1, 50, 500)
+    batches = token_budget_batches(lengths, 256, max_items=20)
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    for batch in batches:
+        assert len(batch) == 1 or lengths[batch].max() * len(batch) <= 256
+        assert len(batch) <= 20
+    assert [len(batch) for batch in token_budget_batches(np.array([300, 1]), 256)] == [1, 1]
+
+
+def test_embed_table_writes_little_endian_bytes(make_encoder):
+    encoder = make_encoder("bert")
+    texts = pa.table({"key": [b"k" * 16, b"l" * 16], "text": TEXTS[:2]})
+    table = embed_table(encoder, texts, EmbedConfig(output_dtype="float32"))
+    stored = np.stack([np.frombuffer(cell, "<f4") for cell in table.column("embedding").to_pylist()])
+    np.testing.assert_array_equal(stored, vectors(encoder, TEXTS[:2]))
+    assert table.column("n_tokens").to_pylist() == encoder.tokenise(TEXTS[:2]).lengths.tolist()
+    half = embed_table(encoder, texts, EmbedConfig())
+    assert [len(cell) for cell in half.column("embedding").to_pylist()] == [64, 64]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])
+def test_bad_vectors_are_named_by_their_text(bad):
+    rows = np.ones((3, 4), np.float32)
+    rows[1] = bad
+    with (
+        np.errstate(over="ignore"),
+        pytest.raises(EmbeddingError, match=r"1 of 3 vectors .* float16 .*'blue'.*output_dtype"),
+    ):
+        check_vectors(rows.astype(np.float16), ["red", "blue", "green"])
+
+
+def test_a_zero_vector_is_bad():
+    with pytest.raises(EmbeddingError, match="are zero, first for the text 'red'"):
+        check_vectors(np.zeros((1, 4), np.float16), ["red"])

@@ -1,0 +1,70 @@
+"""The walls between the rooms, read from the source itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("schemas", "item_tower", "user_tower", "pipeline", "jobs")
+MAY_IMPORT = {
+    "schemas": set(),
+    "item_tower": {"schemas"},
+    "user_tower": {"schemas"},
+    "pipeline": {"schemas", "item_tower", "user_tower"},
+    "jobs": {"schemas", "item_tower", "user_tower", "pipeline"},
+}
+# heavy or foreign packages, and the files that may import them
+KEEPERS = {
+    "ray": {"jobs/embed_items.py"},
+    "mlflow": {"pipeline/tracking.py"},
+    "faiss": {"pipeline/index.py"},
+    "deltalake": {"pipeline/cache.py"},
+    "accelerate": {"user_tower/train.py"},
+    "polars": {"pipeline/cache.py", "pipeline/dataset.py", "pipeline/ingest.py"},
+}
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_rooms_below_it(path):
+    room = path.relative_to(ROOT).parts[0]
+    forbidden = set(ROOMS) - MAY_IMPORT[room] - {room}
+    assert not imported(path) & forbidden
+
+
+@pytest.mark.parametrize("package", KEEPERS)
+def test_heavy_packages_stay_in_the_files_named_here(package):
+    users = {str(path.relative_to(ROOT)) for path in SOURCES if package in imported(path)}
+    assert users == KEEPERS[package]
+
+
+def test_every_room_says_what_it_is_for():
+    for room in ROOMS:
+        text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
+        assert "May import" in text, room
+
+
+def test_column_names_are_literals_in_one_file_only():
+    """schemas/tables.py is their home; words that also are other things are not looked for."""
+    names = {"item_id", "user_id", "n_tokens", "created_at", "updated_at", "available"}
+    for path in SOURCES:
+        if path.name in ("tables.py", "records.py"):
+            continue
+        literals = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        found = {value for value in literals if isinstance(value, str)} & names
+        assert not found, path

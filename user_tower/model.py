@@ -1,0 +1,175 @@
+"""The user tower: projections around a backbone, a temperature, and the candidates that it scores.
+
+Shapes: B histories, T positions, N catalog items, V items of the id vocabulary, D item vector, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from schemas.errors import StoreError
+from schemas.hashing import Digest
+from user_tower.backbones import make_backbone
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class UserTowerConfig(BaseModel):
+    """Shape of the user tower (DESIGN 8)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: Literal["sasrec", "llm"] = "sasrec"
+    features: Literal["text", "id"] = "text"
+    """``text``: the cached item vectors. ``id``: a learned table, the ID baseline."""
+    hidden: int = Field(default=128, gt=0)
+    layers: int = Field(default=2, gt=0)
+    heads: int = Field(default=2, gt=0)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    history: int = Field(default=50, gt=0)
+    """Events of a history that are read, the newest."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """``cosine`` with a learned temperature as in the paper; ``dot`` as in SASRec."""
+    pretrained: str | None = None
+    """For ``llm``: a Hugging Face model instead of a small one from hidden, layers and heads."""
+
+
+class Catalog(NamedTuple):
+    """The items of one open catalog, by row.
+
+    vectors: [N, D] float32, or None for a tower that reads ids; id_rows: [N] row in the tower's vocabulary,
+    V where unknown, or None; groups: [N] items with the same key share a number.
+    """
+
+    vectors: Tensor | None
+    id_rows: Tensor | None
+    groups: Tensor
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(self.groups)
+
+
+class UserTower(nn.Module):
+    """History in, query vector out. One tower works with any catalog of the same item fingerprint."""
+
+    def __init__(self, config: UserTowerConfig, item_dim: int | None, vocabulary: list[str] | None) -> None:
+        """item_dim: D of the cached vectors (features ``text``); vocabulary: item ids (features ``id``)."""
+        super().__init__()
+        self.config = config
+        self.item_dim = item_dim
+        self.vocabulary = vocabulary
+        self.backbone, hidden = make_backbone(
+            config.backbone,
+            hidden=config.hidden,
+            layers=config.layers,
+            heads=config.heads,
+            dropout=config.dropout,
+            history=config.history,
+            pretrained=config.pretrained,
+        )
+        if config.features == "text":
+            assert item_dim is not None
+            self.input = nn.Sequential(nn.Linear(item_dim, hidden), nn.LayerNorm(hidden))
+            self.output: nn.Module = nn.Linear(hidden, item_dim)
+        else:
+            assert vocabulary is not None
+            self.ids = nn.Embedding(len(vocabulary) + 1, hidden)  # the last row is the cold vector
+            nn.init.normal_(self.ids.weight, std=0.02)
+            self.output = nn.Identity()
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def catalog(
+        self, item_ids: list[str], vectors: NDArray[np.floating] | None, groups: NDArray[np.int64]
+    ) -> Catalog:
+        """Bind this tower to a catalog: vectors [N, D] of a snapshot (normalised here), groups [N]."""
+        device = self.logit_scale.device
+        group_tensor = torch.from_numpy(groups).to(device)
+        if self.config.features == "text":
+            assert vectors is not None
+            dense = torch.from_numpy(np.asarray(vectors, dtype=np.float32)).to(device)
+            return Catalog(F.normalize(dense, dim=-1), None, group_tensor)
+        assert self.vocabulary is not None
+        known = {item_id: row for row, item_id in enumerate(self.vocabulary)}
+        rows = [known.get(item_id, len(known)) for item_id in item_ids]
+        return Catalog(None, torch.tensor(rows, device=device), group_tensor)
+
+    def item_vectors(self, catalog: Catalog) -> Tensor:
+        """The only source of candidates, for loss, evaluation and index; float32 [N, D or H].
+
+        For text features these are the cached vectors themselves; L2-normalised under ``cosine``.
+        """
+        if catalog.vectors is not None:
+            return catalog.vectors
+        vectors = self.ids(catalog.id_rows)
+        return F.normalize(vectors, dim=-1) if self.config.similarity == "cosine" else vectors
+
+    def forward(self, catalog: Catalog, items: Tensor, lengths: Tensor) -> Tensor:
+        """items: int64 [B, T] catalog rows, right-padded; lengths: [B]. Returns queries [B, T, D or H].
+
+        A query is in the space of ``item_vectors``, L2-normalised under ``cosine``. Positions count from the
+        end (the newest event has history - 1), so that a short history looks like the end of a long one.
+        """
+        if catalog.vectors is not None:
+            x_BTH = self.input(catalog.vectors[items])
+        else:
+            assert catalog.id_rows is not None
+            x_BTH = self.ids(catalog.id_rows[items])
+        steps = torch.arange(items.shape[1], device=items.device)
+        positions = (self.config.history - lengths[:, None] + steps).clamp(0, self.config.history - 1)
+        queries = self.output(self.backbone(x_BTH, positions)).float()
+        return F.normalize(queries, dim=-1) if self.config.similarity == "cosine" else queries
+
+    def scale(self) -> Tensor:
+        """Factor of the logits: exp of the learned temperature, at most 100; 1 under ``dot``."""
+        if self.config.similarity == "dot":
+            return torch.ones((), device=self.logit_scale.device)
+        return self.logit_scale.clamp(0, MAX_LOGIT_SCALE).exp()
+
+    def queries(self, catalog: Catalog, items: Tensor, lengths: Tensor) -> Tensor:
+        """The query after the newest event of each history; float32 [B, D or H]."""
+        outputs = self(catalog, items, lengths)
+        return outputs[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+
+    def fingerprint(self) -> str:
+        """Hash of weights, configuration and vocabulary; 32 hexadecimal characters."""
+        digest = Digest().add(self.config.model_dump_json()).add(json.dumps(self.vocabulary))
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.add(name).add(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the tower into an existing folder."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "user_tower.safetensors")
+        settings = {
+            "config": self.config.model_dump(),
+            "item_dim": self.item_dim,
+            "vocabulary": self.vocabulary,
+        }
+        (folder / "user_tower.json").write_text(json.dumps(settings))
+
+    @classmethod
+    def load(cls, folder: Path) -> UserTower:
+        """A tower written by ``save``. Raises StoreError when a file is missing or damaged."""
+        try:
+            settings = json.loads((folder / "user_tower.json").read_text())
+            config = UserTowerConfig(**settings["config"])
+            tower = cls(config, settings["item_dim"], settings["vocabulary"])
+            tower.load_state_dict(load_file(folder / "user_tower.safetensors"))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise StoreError(f"user tower {folder} cannot be read: {error}; train it again") from error
+        return tower.eval()

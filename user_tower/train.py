@@ -1,0 +1,171 @@
+"""The one training loop, for every backbone, for the ID baselines and for the joint stage."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from user_tower.loss import info_nce
+from user_tower.model import Catalog, UserTower
+from user_tower.sequences import Batch
+
+
+class TrainConfig(BaseModel):
+    """How long and how fast to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=50, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after so many optimiser steps, whatever the epoch."""
+    batch_size: int = Field(default=64, gt=0)
+    """Windows of histories in one step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    patience: int = Field(default=5, gt=0)
+    """Validations without a better figure before training stops."""
+    validate_every: int = Field(default=1, gt=0)
+    """Epochs between validations."""
+    negatives: int = Field(default=0, ge=0)
+    """Uniform negatives a step, shared by its positions; 0 is the whole catalog."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    seed: int = 0
+
+
+@dataclass
+class FitResult:
+    """What a training did; the model is left with its best weights."""
+
+    steps: int = 0
+    epochs: int = 0
+    positions: int = 0
+    seconds: float = 0.0  # in training steps, validation not counted
+    best: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def positions_per_second(self) -> float:
+        """Real (unpadded) target positions per second of training."""
+        return self.positions / self.seconds if self.seconds else 0.0
+
+
+class UserStep(nn.Module):
+    """Stage II's step: windows of histories over one open catalog to the loss."""
+
+    def __init__(self, tower: UserTower, catalog: Catalog, candidates: Tensor, negatives: int) -> None:
+        """candidates: int64 [C] catalog rows that may be negatives, the available ones."""
+        super().__init__()
+        self.tower = tower
+        self.open_catalog = catalog
+        self.candidates = candidates
+        self.negatives = negatives
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean InfoNCE of the batch's positions, a scalar."""
+        rows = self.candidates
+        if self.negatives and self.negatives < len(rows):
+            rows = rows[torch.randint(len(rows), (self.negatives,), device=rows.device)]
+        return sequence_loss(self.tower, self.open_catalog, batch, rows)
+
+
+def sequence_loss(tower: UserTower, catalog: Catalog, batch: Batch, negative_rows: Tensor) -> Tensor:
+    """InfoNCE of every position of a batch against the catalog rows ``negative_rows`` [M]; a scalar."""
+    device = catalog.groups.device
+    items, lengths, targets = (torch.from_numpy(array).to(device) for array in batch)
+    queries_PD = tower(catalog, items, lengths)[targets >= 0]
+    target_rows = targets[targets >= 0]
+    candidates_ND = tower.item_vectors(catalog)
+    return info_nce(
+        queries_PD,
+        candidates_ND[target_rows],
+        candidates_ND[negative_rows],
+        catalog.groups[target_rows],
+        catalog.groups[negative_rows],
+        tower.scale(),
+    )
+
+
+def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
+    if precision != "auto":
+        return "bf16" if precision == "bfloat16" else "no"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+def fit(
+    step: nn.Module,
+    parameter_groups: list[dict],
+    epoch_batches: Callable[[int], Iterable[Batch]],
+    validate: Callable[[], dict[str, float]],
+    config: TrainConfig,
+    *,
+    name: str,
+    metric: str,
+) -> FitResult:
+    """Train ``step`` (a module from Batch to loss) and leave it with the weights of the best validation.
+
+    parameter_groups: as for an optimiser, each with its "params" and optionally its "lr".
+    epoch_batches: epoch number -> its batches. validate: figures of the current weights; ``metric`` decides.
+    """
+    accelerator = Accelerator(mixed_precision=_mixed_precision(config.precision))
+    optimizer = torch.optim.AdamW(
+        parameter_groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    warmup = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda number: min(1.0, (number + 1) / (config.warmup_steps + 1))
+    )
+    step, optimizer, warmup = accelerator.prepare(step, optimizer, warmup)
+    parameters = [parameter for group in parameter_groups for parameter in group["params"]]
+    result, best_state, stale = FitResult(), None, 0
+    progress = tqdm(total=config.max_steps, desc=name, unit="step", mininterval=2)
+    for epoch in range(config.epochs):
+        started = time.perf_counter()
+        step.train()
+        loss_sum, batches = 0.0, 0
+        for batch in epoch_batches(epoch):
+            loss = step(batch)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, config.clip_norm)
+            optimizer.step()
+            warmup.step()
+            optimizer.zero_grad()
+            loss_sum, batches = loss_sum + loss.item(), batches + 1
+            result.steps += 1
+            result.positions += int((batch.targets >= 0).sum())
+            progress.update()
+            if result.steps == config.max_steps:
+                break
+        result.seconds += time.perf_counter() - started
+        result.epochs = epoch + 1
+        last = result.epochs == config.epochs or result.steps == config.max_steps
+        if not last and result.epochs % config.validate_every:
+            continue
+        step.eval()
+        figures = {"loss": loss_sum / max(1, batches), **validate()}
+        result.curve.append({"step": result.steps, "epoch": result.epochs, **figures})
+        progress.set_postfix({metric: f"{figures[metric]:.4f}", "loss": f"{figures['loss']:.3f}"})
+        if not result.best or figures[metric] > result.best[metric]:
+            result.best, stale = figures, 0
+            best_state = copy.deepcopy(accelerator.unwrap_model(step).state_dict())
+        else:
+            stale += 1
+        if last or stale >= config.patience:
+            break
+    progress.close()
+    model = accelerator.unwrap_model(step)
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    model.eval()
+    return result
