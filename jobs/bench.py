@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from jobs import demo
+from jobs import demo, train_user
 from jobs.compare_runs import newest_runs, user_values
 from jobs.config import load_config
+from jobs.context import Context
 from pipeline.metrics import bootstrap, paired_difference
 
 SEEDS = (0, 1, 2)
+# the same budget for the ID baseline and for the tower on cached text
+GRID = {"user_tower.hidden": (64, 128), "user_tower.dropout": (0.2, 0.5), "train.learning_rate": (1e-3, 2e-3)}
+GRID_NAMES = ("sasrec-id", "tuned-cache")
 
 
 def seeds(config: str, sets: list[str]) -> dict[str, Any]:
@@ -55,4 +60,23 @@ def seeds(config: str, sets: list[str]) -> dict[str, Any]:
     }
 
 
-BENCHES = {"seeds": seeds}
+def grid(config: str, sets: list[str]) -> dict[str, Any]:
+    """Validation figures of every point of GRID, for both names, after the demo has run. Test is never asked.
+
+    Resumable: a finished point is reused.
+    """
+    metric, rows = load_config(config, None, sets).evaluate.metric, []
+    for name, point in product(GRID_NAMES, product(*GRID.values())):
+        values = dict(zip(GRID, point, strict=True))
+        settings = load_config(config, name, [*sets, *(f"{key}={value}" for key, value in values.items())])
+        label = f"{name} {' '.join(str(value) for value in point)}"
+        trained = train_user.run(Context(settings.model_copy(update={"name": label})))
+        rows.append({"name": name, **values, f"valid {metric}": trained["valid"][metric]})
+        print(f"{label}  valid {metric} {trained['valid'][metric]:.4f}", flush=True)
+    best = {
+        name: max((r for r in rows if r["name"] == name), key=lambda r: r[f"valid {metric}"]) for name in GRID_NAMES
+    }
+    return {"name": "grid", "rows": rows, "best": best, "ratio": {}}
+
+
+BENCHES = {"seeds": seeds, "grid": grid}

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.files import disk_full
 from schemas.errors import PipelineError
 
 # command -> (what it does, does it take --snapshot, does it take --split)
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--user", help="a user of the data set")
     who.add_argument("--items", help="item ids, oldest first, with commas between")
     recommend.add_argument("--k", type=int, default=10, help="how many items")
-    commands.choices["bench"].add_argument("bench", choices=("seeds",))
+    commands.choices["bench"].add_argument("bench", choices=("seeds", "grid"))
     return parser
 
 
@@ -87,28 +88,36 @@ def _fail(message: str, kind: str) -> None:
     print(json.dumps({"error": line, "kind": kind}))
 
 
+class _OneLine:
+    """A block whose known errors end in one line and a status; anything else keeps its traceback."""
+
+    status = 0
+
+    def __enter__(self) -> _OneLine:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None:
+            return False
+        if isinstance(error, KeyboardInterrupt):
+            self.status = INTERRUPTED
+            _fail("interrupted; what was finished is kept, run the command again to go on", "Interrupted")
+            return True
+        known = error if isinstance(error, PipelineError) else disk_full(error)
+        if known is None:
+            return False
+        self.status = 1
+        _fail(str(known), known.kind)
+        return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a known error, 2 usage (argparse), 130 interrupted; else a traceback."""
     arguments = build_parser().parse_args(argv)
     _quiet()
-    try:
-        result = _job(arguments)()
-    except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, run the command again to go on", "Interrupted")
-        return INTERRUPTED
-    except PipelineError as error:
-        _fail(str(error), error.kind)
-        return 1
-    except Exception as error:  # only a full disk is known among these; the rest keeps its traceback
-        from pipeline.files import disk_full
-
-        full = disk_full(error)
-        if full is None:
-            raise
-        _fail(str(full), full.kind)
-        return 1
-    print(json.dumps(result), flush=True)
-    return 0
+    with _OneLine() as outcome:
+        print(json.dumps(_job(arguments)()), flush=True)
+    return outcome.status
 
 
 if __name__ == "__main__":

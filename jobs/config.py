@@ -82,6 +82,8 @@ def _nest(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{dotted}: {parent} was set to {values!r} before; set it or its parts, not both")
     values[leaf] = value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -45,49 +46,47 @@ class EmbedAndWrite:
         run_id: str,
         threads: int,
     ) -> None:
-        """folder: of a tuned tower, None for the untuned one. Raises FingerprintMismatchError."""
+        """folder: of a tuned tower, None for the untuned one."""
         torch.set_num_threads(threads)
         tower = ItemEncoder.from_config(encoder, template) if folder is None else ItemEncoder.load(folder)
         self.encoder = tower.to(default_device())
-        found = fingerprint(self.encoder, embed.output_dtype)
-        if found != expected:
-            raise FingerprintMismatchError(
-                f"a worker loaded item tower {found}, the job embeds for {expected}: model files, packages or "
-                f"processor differ between driver and workers; make them the same"
-            )
-        self.embed, self.fingerprint, self.table, self.run_id = embed, expected, table, run_id
+        self.found, self.expected = fingerprint(self.encoder, embed.output_dtype), expected
+        self.embed, self.table, self.run_id = embed, table, run_id
 
     def __call__(self, texts: pa.Table) -> pa.Table:
-        """texts: key, text. Returns one row about the file written, as ``commit_files`` reads it."""
+        """texts: key, text. Returns one row about the file written, as ``commit_files`` reads it.
+
+        Raises EmbeddingError; FingerprintMismatchError when this worker's tower is not the driver's (said here,
+        since Ray passes on what a call raises, and of a constructor only that the actor died).
+        """
+        if self.found != self.expected:
+            raise FingerprintMismatchError(
+                f"a worker loaded item tower {self.found}, the job embeds for {self.expected}: model files, "
+                f"packages or processor differ between driver and workers; make them the same"
+            )
         rows = embed_table(self.encoder, texts, self.embed)
-        info = write_embedding_file(self.table, self.fingerprint, self.run_id, rows)
+        info = write_embedding_file(self.table, self.expected, self.run_id, rows)
         return pa.Table.from_pylist([info])
-
-
-def _known_cause(error: BaseException) -> PipelineError | None:
-    """The PipelineError that a worker raised, out of Ray's wrapping."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, PipelineError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
-    return None
 
 
 def embed_missing(context: Context, tower: TowerInForce, texts: pa.Table, run_id: str) -> list[dict[str, Any]]:
     """Run Ray Data over the texts (key, text); returns the uncommitted files.
 
-    Ray starts here and nowhere else, locally or on the cluster of RAY_ADDRESS; every worker must see the
-    store's folder. Raises what the item tower raised.
+    Ray starts here and nowhere else, locally or on the cluster of RAY_ADDRESS; a session that is already open
+    is used and left open. Every worker must see the store's folder. Raises what the item tower raised.
     """
     import ray
 
     config = context.config.embed
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         settings = ray.data.DataContext.get_current()
         settings.enable_progress_bars = False
+        settings.raise_original_map_exception = True
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised below, in one line if known
         settings.print_on_execution_start = False
         gpus = int(ray.cluster_resources().get("GPU", 0))
         workers = config.workers or max(1, gpus)
@@ -117,12 +116,13 @@ def embed_missing(context: Context, tower: TowerInForce, texts: pa.Table, run_id
                 progress.update(info["rows"])
         return files
     except ray.exceptions.RayError as error:
-        known = _known_cause(error)
-        if known is not None:
-            raise known from error
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, PipelineError):
+            raise cause from None
         raise
     finally:
-        ray.shutdown()
+        if started_here:
+            ray.shutdown()
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def run(context: Context, user: str | None, items: list[str], k: int, snapshot: 
     """
     serving = context.serving_tower(snapshot)
     index = open_index(context.store, _index(context, serving))
+    if k < 1:
+        raise ConfigError(f"--k {k}: ask for at least one item")
     if k > len(index.item_ids):
         raise ConfigError(f"--k {k}: the catalog has {len(index.item_ids)} items; ask for at most so many")
     seen = _history(context, user, items)

@@ -135,14 +135,13 @@ def write_embedding_file(root: Path, fingerprint: str, run_id: str, rows: pa.Tab
     relative = f"{tables.FINGERPRINT}={fingerprint}/part-{uuid.uuid4().hex}.parquet"
     path = root / relative
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        tables.check(full, tables.EMBEDDINGS, relative),
-        path,
-        write_page_checksum=True,
-        use_dictionary=False,
-        compression="none",  # vectors do not compress
-    )
-    fsync_path(path)
+    checked = tables.check(full, tables.EMBEDDINGS, relative)
+    try:  # vectors do not compress
+        pq.write_table(checked, path, write_page_checksum=True, use_dictionary=False, compression="none")
+        fsync_path(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
     return {
         "path": relative,

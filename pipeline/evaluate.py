@@ -5,17 +5,17 @@ Shapes: B users of a chunk, N catalog items, U users.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.baselines import Recommender
-from pipeline.metrics import IntArray
+from pipeline.metrics import IntArray, metric_names
 from pipeline.splits import Queries
 from user_tower.sequences import Histories
 
@@ -29,7 +29,7 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ks: tuple[int, ...] = Field(default=(5, 10, 50, 200), min_length=1)
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(5, 10, 50, 200), min_length=1)
     metric: str = "recall@10"
     """The figure that decides: early stopping, and the best run of a comparison."""
     repeats: bool = False
@@ -37,6 +37,12 @@ class EvaluateConfig(BaseModel):
     chunk: int = Field(default=512, gt=0)
     """Users scored at once."""
     bootstrap: int = Field(default=1000, gt=0)
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> EvaluateConfig:
+        if self.metric not in metric_names(self.ks):
+            raise ValueError(f"metric {self.metric!r} is not among {metric_names(self.ks)}; see ks")
+        return self
 
 
 class Ranks(NamedTuple):

@@ -17,7 +17,9 @@ from schemas.hashing import tie_hashes
 
 # Unix seconds stay below this until the year 5138; milliseconds are above it since 1973.
 SECONDS_BELOW = 100_000_000_000
+FLAGS = {"true": True, "1": True, "yes": True, "": True, "false": False, "0": False, "no": False}
 _ROW = "__row"
+_TEXT = "__text"
 _HASH = "__hash"
 
 
@@ -111,6 +113,20 @@ def _as_id(table: pl.DataFrame, name: str, path: Path) -> pl.Expr:
     return pl.col(name).cast(pl.String).str.strip_chars()
 
 
+def _as_flag(table: pl.DataFrame, path: Path) -> pl.Expr:
+    """``available`` as a boolean: true where it is not given, null where it cannot be read."""
+    dtype = table.schema.get(tables.AVAILABLE, pl.Null)
+    if dtype == pl.Null:
+        return pl.lit(True)
+    column = pl.col(tables.AVAILABLE)
+    if dtype == pl.Boolean:
+        return column.fill_null(True)
+    if not (dtype.is_integer() or dtype == pl.String):
+        raise DataError(f"{path}: column {tables.AVAILABLE!r} is {dtype}, expected true and false")
+    words = column.cast(pl.String).str.strip_chars().str.to_lowercase()
+    return words.fill_null("").replace_strict(FLAGS, default=None, return_dtype=pl.Boolean)
+
+
 def _as_milliseconds(table: pl.DataFrame, path: Path) -> pl.Expr:
     dtype = table.schema[tables.TIMESTAMP]
     column = pl.col(tables.TIMESTAMP)
@@ -169,34 +185,30 @@ def clean_items(config: DataConfig) -> tuple[pl.DataFrame, pl.DataFrame, int, di
     raw = read_table(path, config.item_columns)
     _require(raw, [tables.ITEM_ID], path)
     items = raw.with_columns(_as_id(raw, tables.ITEM_ID, path))
-    if tables.AVAILABLE not in items.columns:
-        items = items.with_columns(pl.lit(True).alias(tables.AVAILABLE))
-    items = items.with_columns(pl.col(tables.AVAILABLE).cast(pl.Boolean, strict=False).fill_null(True))
-    text = items.drop(_ROW).write_ndjson().splitlines()
-    items = items.with_columns(pl.Series("__text", text))
-    order = [tables.UPDATED_AT] if tables.UPDATED_AT in items.columns else []
-    ranked = items.select(_ROW, tables.ITEM_ID, copy=pl.struct("__text").is_first_distinct().not_()).join(
-        items.sort([*order, "__text", _ROW], descending=True, nulls_last=True)
-        .unique(tables.ITEM_ID, keep="first", maintain_order=True)
-        .select(_ROW, chosen=pl.lit(True)),
-        on=_ROW,
-        how="left",
-        maintain_order="left",
-    )
-    kept_text = items.filter(ranked["chosen"].fill_null(False)).select(tables.ITEM_ID, kept="__text")
-    items = items.join(kept_text, on=tables.ITEM_ID, how="left", maintain_order="left").with_columns(
-        ranked["chosen"].fill_null(False)
-    )
-    is_copy = pl.col("chosen").not_() & (pl.col("__text") == pl.col("kept"))
-    reason = (
+    items = items.with_columns(_as_flag(items, path).alias(tables.AVAILABLE))
+    unusable = (
         pl.when(_empty(tables.ITEM_ID))
         .then(pl.lit("empty item_id"))
-        .when(pl.col("chosen").not_() & is_copy.not_())
-        .then(pl.lit("item_id again with other values"))
+        .when(pl.col(tables.AVAILABLE).is_null())
+        .then(pl.lit("available is neither true nor false"))
     )
-    good, rejected = _split_bad(raw, items, reason, path)
+    items, bad = _split_bad(raw, items, unusable, path)
+    items = items.with_columns(pl.Series(_TEXT, items.drop(_ROW).write_ndjson().splitlines(), pl.String))
+    order = [tables.UPDATED_AT] if tables.UPDATED_AT in items.columns else []
+    chosen = (
+        items.sort([*order, _TEXT, _ROW], descending=True, nulls_last=True)
+        .unique(tables.ITEM_ID, keep="first", maintain_order=True)
+        .select(tables.ITEM_ID, chosen_text=_TEXT, chosen_row=_ROW)
+    )
+    items = items.join(chosen, on=tables.ITEM_ID, how="left", maintain_order="left")
+    is_chosen = pl.col(_ROW) == pl.col("chosen_row")
+    is_copy = is_chosen.not_() & (pl.col(_TEXT) == pl.col("chosen_text"))
+    again = pl.when((is_chosen | is_copy).not_()).then(pl.lit("item_id again with other values"))
+    originals = raw.join(items.select(_ROW), on=_ROW, how="semi", maintain_order="left")
+    good, contradictions = _split_bad(originals, items, again, path)
     copies = good.filter(is_copy).height
-    good = good.filter(is_copy.not_()).drop(_ROW, "__text", "kept", "chosen").sort(tables.ITEM_ID)
+    good = good.filter(is_chosen).drop(_ROW, _TEXT, "chosen_text", "chosen_row").sort(tables.ITEM_ID)
+    rejected = pl.concat([bad, contradictions]).sort(tables.ROW)
     _check_share(rejected, raw.height, config)
     if good.is_empty():
         raise DataError(f"{path}: the catalog is empty: none of its {raw.height} rows can be used")

@@ -5,11 +5,14 @@ Shapes: B windows, T positions, M distinct items of the batch, D item vector.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from item_tower.encoder import ItemEncoder
 from user_tower.model import Catalog, UserTower, UserTowerConfig
@@ -24,14 +27,21 @@ class JointConfig(BaseModel):
 
     user_tower: UserTowerConfig = UserTowerConfig()
     """The small user tower that teaches the Item LLM."""
-    train: TrainConfig = TrainConfig(epochs=2, batch_size=16, learning_rate=1e-3)
+    train: TrainConfig = TrainConfig(epochs=2, batch_size=64, warmup_steps=10)
     """``learning_rate`` is the user tower's; ``negatives`` are drawn from the catalog beside the batch's items."""
-    warmup_epochs: int = Field(default=10, ge=0)
+    warmup_epochs: int = Field(default=6, ge=0)
     """Epochs of the small user tower alone, on the untuned vectors, before the two are tuned together: cheap, and
     the Item LLM then learns from a tower that already predicts something."""
     item_learning_rate: float = Field(default=1e-4, gt=0)
-    token_budget: int = Field(default=8_192, gt=0)
+    token_budget: int = Field(default=2_048, gt=0)
     """Padded tokens of one forward pass of the Item LLM."""
+
+
+def _fast_backward(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU the fused attention's backward takes a third of a step on short texts (0.41 of the matmul rate,
+    against 0.64 with plain matrix products); its forward is no faster. A GPU keeps its fused kernels."""
+    backend: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return backend if device.type == "cpu" else nullcontext()
 
 
 class JointStep(nn.Module):
@@ -64,7 +74,9 @@ class JointStep(nn.Module):
         rows = np.unique(np.concatenate(needed))
         # texts that are the same are encoded once, however many items carry them
         groups, texts, place = np.unique(self.groups[rows].numpy(), return_index=True, return_inverse=True)
-        vectors_MD = self.encoder.encode_ids([self.token_ids[row] for row in rows[texts]], self.config.token_budget)
+        distinct = [self.token_ids[row] for row in rows[texts]]
+        with _fast_backward(self.encoder.device):
+            vectors_MD = self.encoder.encode_ids(distinct, self.config.token_budget)
         local = np.zeros(len(self.token_ids), dtype=np.int64)
         local[rows] = place
         catalog = Catalog(F.normalize(vectors_MD, dim=-1), None, torch.from_numpy(groups).to(vectors_MD.device))

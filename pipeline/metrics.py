@@ -50,6 +50,11 @@ def reciprocal_rank(above: IntArray, ties: IntArray, catalog: int) -> FloatArray
     return expected_gain(above, ties, 1.0 / np.arange(1, catalog + 1))
 
 
+def metric_names(ks: tuple[int, ...]) -> list[str]:
+    """The keys of ``per_user``."""
+    return [f"{kind}@{k}" for k in ks for kind in ("recall", "ndcg")] + ["mrr"]
+
+
 def per_user(above: IntArray, ties: IntArray, ks: tuple[int, ...], catalog: int) -> dict[str, FloatArray]:
     """Every metric of every user: {"recall@10": [U], "ndcg@10": [U], ..., "mrr": [U]}."""
     values = {}

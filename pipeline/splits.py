@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from schemas.errors import DataError
 from user_tower.sequences import Histories, IntArray
 
 Split = Literal["valid", "test"]
@@ -40,9 +41,12 @@ def training_part(histories: Histories) -> Histories:
 def queries(histories: Histories, split: Split) -> Queries:
     """Leave-last-out's questions (paper, section 4): ``valid`` asks for event -2, ``test`` for event -1.
 
-    The history is everything before the target, so the test history holds the validation item.
+    The history is everything before the target, so the test history holds the validation item. Raises DataError
+    when no user has three events.
     """
     users = np.flatnonzero(histories.lengths >= 3)
+    if len(users) == 0:
+        raise DataError(f"{PROTOCOL} needs users with three events or more; none of {len(histories)} users has them")
     chosen = histories.select(users)
     ends = chosen.lengths - (2 if split == "valid" else 1)
     return Queries(chosen.cut(ends), chosen.items[chosen.offsets[:-1] + ends])

@@ -59,8 +59,8 @@ class Store:
         """As ``newest``. Raises NotFoundError, naming the command that makes one."""
         record = self.newest(kind, **wanted)
         if record is None:
-            which = "".join(f", {name} {value}" for name, value in wanted.items())
-            raise NotFoundError(f"no {FOLDERS[kind][:-1]} in {self.root}{which}; run {MADE_BY[kind]} first")
+            which = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            raise NotFoundError(f"{self.parent(kind)} holds none of {which or 'any name'}; run {MADE_BY[kind]} first")
         return record
 
     def get(self, kind: type[R], record_id: str) -> R:

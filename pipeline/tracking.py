@@ -77,6 +77,7 @@ class Tracker:
 
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it logs what it raises, at full length
 
         root = store.resolve()
         uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri

@@ -18,6 +18,7 @@ from item_tower.prompt import TemplateConfig
 from jobs import embed_items
 from jobs.cli import main
 
+torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
 WORDS = ["red", "blue", "title", "year", "kind", ":", ",", ".", "the", "a", *[str(n) for n in range(60)]]
 ITEMS = 24
 USERS = 60

@@ -83,6 +83,30 @@ def test_copies_are_filtered_and_contradictions_quarantined(prepare):
     assert (clean.interactions.height, clean.filtered["interaction copies"]) == (3, 3)
 
 
+def test_availability_is_read_from_words_numbers_and_booleans(prepare):
+    words = ITEMS | {"available": ["False", None, " yes"]}
+    assert prepare(words).items["available"].to_list() == [False, True, True]
+    assert prepare(ITEMS | {"available": [0, 1, 1]}, kind="parquet").items["available"].to_list() == [
+        False,
+        True,
+        True,
+    ]
+    assert prepare(ITEMS | {"available": [True, None, False]}, kind="parquet").items["available"].to_list() == [
+        True, True, False
+    ]  # fmt: skip
+    clean = prepare(ITEMS | {"available": ["true", "maybe", "false"]}, reject_share=0.5)
+    assert clean.items["item_id"].to_list() == ["a", "c"]
+    assert clean.quarantine["reason"].to_list() == ["available is neither true nor false"]
+    with pytest.raises(DataError, match="'available' is Float64"):
+        prepare(ITEMS | {"available": [0.5, 1.0, 1.0]}, kind="parquet")
+
+
+def test_an_unusable_row_does_not_take_a_good_rows_place(prepare):
+    items = {"item_id": ["a", "a", "b"], "title": ["A", "Z", "B"], "available": ["true", "?", "true"]}
+    clean = prepare(items, reject_share=0.5)
+    assert clean.items["title"].to_list() == ["A", "B"]
+
+
 def test_unknown_items_are_counted_or_an_error(prepare):
     events = EVENTS | {"item_id": ["a", "b", "zz"]}
     assert prepare(events=events).filtered["unknown items"] == 1

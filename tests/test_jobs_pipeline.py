@@ -1,0 +1,228 @@
+"""The commands, one after the other, on a board with a known answer; tiny models, no Ray but in one test."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import polars as pl
+import pytest
+
+from jobs import demo
+from pipeline.store import Store
+from schemas.records import Snapshot
+
+
+def test_every_recommender_solves_the_board(workspace, embed_here):
+    prepared = workspace.run("prepare-data")
+    assert (prepared["items"], prepared["users"], prepared["interactions"]) == (24, 60, 720)
+    tuned = workspace.run("tune-items")
+    assert tuned["items_encoded"] == tuned["items_unique"] > 0
+    assert tuned["steps"] == 4
+    for name in ("frozen-cache", "tuned-cache"):
+        snapshot = workspace.run("embed-items", "--name", name)
+        assert snapshot["embedded"] == 24
+        assert workspace.run("train-user", "--name", name)["snapshot"] == snapshot["snapshot"]
+    workspace.run("train-user", "--name", "sasrec-id")
+    for name in ("item-knn", "sasrec-id", "frozen-cache", "tuned-cache"):
+        result = workspace.run("evaluate", "--name", name)
+        assert result["protocol"] == "leave-last-out"
+        assert result["users"] == 60
+        assert result["metrics"]["recall@1"] == 1.0, name
+        assert result["ci95"]["recall@10"] == [1.0, 1.0]
+    popularity = workspace.run("evaluate", "--name", "popularity")
+    # the 11 items of the other colour and the one left of the own: colours are nothing to a count
+    assert popularity["metrics"]["recall@1"] < 0.5
+    compared = workspace.run("compare-runs")
+    assert [run["name"] for run in compared["runs"]][-1] == "popularity"
+    assert compared["runs"][-1]["behind"][0] == pytest.approx(1.0 - popularity["metrics"]["recall@10"])
+    page = (workspace.store / "reports" / "board-test.html").read_text()
+    assert "popularity" in page
+    assert "The red" in page
+    for name, user in (("tuned-cache", "u0"), ("tuned-cache", "u1"), ("sasrec-id", "u0")):
+        workspace.run("build-index", "--name", name)
+        recommended = workspace.run("recommend", "--name", name, "--user", user, "--k", "3")["items"]
+        # every item of the own colour is seen: whatever comes is of the other one, and is not the history
+        assert {int(item["item_id"][1:]) % 2 for item in recommended} == {1 - int(user[1:]) % 2}
+    by_items = workspace.run("recommend", "--items", "i0,i2,i4", "--k", "9")["items"]
+    assert {int(item["item_id"][1:]) % 2 for item in by_items} == {0}
+    assert all(item["title"].startswith("The red") for item in by_items)
+    scores = [item["score"] for item in by_items]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_demo_reuses_what_is_finished(workspace, embed_here, monkeypatch):
+    sets = ["--set", "train.epochs=1", "--set", "tune.warmup_epochs=0"]
+    first = workspace.run("demo", *sets)
+    assert [run["name"] for run in first["runs"]] != []
+    assert {run["name"] for run in first["runs"]} == {
+        "popularity", "item-knn", "sasrec-id", "frozen-cache", "tuned-cache"
+    }  # fmt: skip
+    before = workspace.published()
+    assert workspace.run("demo", *sets) == first
+    assert workspace.published() == before
+    assert len(embed_here) == 2
+
+
+def test_only_what_changed_is_embedded_and_ray_stays_out(workspace, embed_here):
+    base = ("--set", "item_tower.use=base")
+    workspace.run("prepare-data")
+    first = workspace.run("embed-items", *base)
+    assert (first["items"], first["embedded"], first["reused"]) == (24, 24, 0)
+    again = workspace.run("embed-items", *base)
+    assert (again["embedded"], again["reused"], again["snapshot"]) == (0, 24, first["snapshot"])
+    items = pl.read_csv(workspace.data("items"))
+    items.with_columns(title=pl.when(item_id="i3").then(pl.lit("The green 3")).otherwise("title")).write_csv(
+        workspace.data("items")
+    )
+    workspace.run("prepare-data")
+    third = workspace.run("embed-items", *base)
+    assert (third["items"], third["embedded"], third["reused"], third["removed"]) == (24, 1, 23, 0)
+    assert embed_here[1:] == [["title: The green 3, year: 3"]]
+    items.with_columns(available=pl.col("item_id") != "i3").write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+    fourth = workspace.run("embed-items", *base)
+    assert fourth["embedded"] == 0
+    assert len({first["snapshot"], third["snapshot"], fourth["snapshot"]}) == 3
+    items.filter(pl.col("item_id") != "i5").write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+    assert workspace.run("embed-items", *base)["removed"] == 1
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_row_order_of_the_inputs_changes_nothing(workspace, embed_here):
+    """A third of the events share their timestamp with the next one of the user."""
+    events = pl.read_csv(workspace.data("events")).with_columns(pl.col("timestamp") // 3000 * 3000)
+    results = []
+    for seed in (None, 1, 2):
+        name = f"order-{seed}"
+        for table, rows in (("items", pl.read_csv(workspace.data("items"))), ("events", events)):
+            rows = rows if seed is None else rows.sample(fraction=1, shuffle=True, seed=seed)
+            rows.write_csv(workspace.folder / f"{table}-{name}.csv")
+        sets = []
+        for key, value in {
+            "data.items": workspace.folder / f"items-{name}.csv",
+            "data.interactions": workspace.folder / f"events-{name}.csv",
+            "store": workspace.folder / name,
+            "train.epochs": 1,
+        }.items():
+            sets += ["--set", f"{key}={value}"]
+        prepared = workspace.run("prepare-data", *sets)
+        workspace.run("embed-items", *sets, "--set", "item_tower.use=base")
+        trained = workspace.run("train-user", "--name", "frozen-cache", *sets)
+        figures = {"digest": prepared["digest"], "valid": trained["valid"]}
+        for run in ("popularity", "item-knn", "frozen-cache"):
+            figures[run] = workspace.run("evaluate", "--name", run, *sets)["metrics"]
+        results.append(figures)
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.fixture
+def two_towers(workspace, embed_here):
+    """Snapshots and user towers of the untuned and of the tuned item tower."""
+    workspace.run("prepare-data")
+    workspace.run("tune-items")
+    made = {}
+    for name in ("frozen-cache", "tuned-cache"):
+        made[name] = workspace.run("embed-items", "--name", name)
+        workspace.run("train-user", "--name", name, "--set", "train.epochs=1")
+        workspace.run("build-index", "--name", name)
+    return workspace, made["frozen-cache"], made["tuned-cache"]
+
+
+def test_a_snapshot_of_another_tower_is_refused_with_both_fingerprints(two_towers):
+    workspace, frozen, tuned = two_towers
+    assert frozen["fingerprint"] != tuned["fingerprint"]
+    before = workspace.published()
+    for command in (["train-user"], ["evaluate"], ["build-index"], ["recommend", "--user", "u0"]):
+        error = workspace.fails(command[0], *command[1:], "--snapshot", frozen["snapshot"])
+        assert error["kind"] == "FingerprintMismatch"
+        assert frozen["fingerprint"] in error["error"]
+        assert tuned["fingerprint"] in error["error"]
+    assert workspace.published() == before
+
+
+def test_yesterdays_user_tower_reads_todays_snapshot_of_the_same_tower(two_towers):
+    workspace, _, tuned = two_towers
+    items = pl.read_csv(workspace.data("items"))
+    new = pl.DataFrame(
+        {"item_id": ["i24"], "title": ["The red 24"], "year": ["24"]}, schema=items.schema, strict=False
+    )
+    pl.concat([items, new]).write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+    today = workspace.run("embed-items")
+    assert (today["fingerprint"], today["embedded"]) == (tuned["fingerprint"], 1)
+    workspace.run("build-index")
+    found = workspace.run("recommend", "--items", "i0", "--k", "24")["items"]
+    assert "i24" in {item["item_id"] for item in found}
+
+
+def test_a_changed_weight_of_a_tuned_tower_is_refused(two_towers):
+    workspace, _, tuned = two_towers
+    (weights,) = workspace.store.glob("item_towers/*/model/model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x40
+    weights.write_bytes(data)
+    error = workspace.fails("embed-items")
+    assert error["kind"] == "FingerprintMismatch"
+    assert tuned["fingerprint"] in error["error"]
+
+
+def test_a_copied_store_is_the_same_store(two_towers, tmp_path):
+    workspace, _, tuned = two_towers
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(workspace.store, copy)
+    again = workspace.run("embed-items", "--set", f"store={copy}")
+    assert (again["embedded"], again["snapshot"]) == (0, tuned["snapshot"])
+
+
+def test_a_decoder_with_an_item_token_runs_the_same_path(workspace, embed_here, llama_folder):
+    sets = ("--set", f"encoder.model={llama_folder}", "--set", "encoder.pooling=item_token")
+    workspace.run("prepare-data")
+    workspace.run("tune-items", *sets)
+    workspace.run("embed-items", *sets)
+    workspace.run("train-user", *sets, "--set", "user_tower.backbone=llm")
+    assert workspace.run("evaluate", *sets)["metrics"]["recall@1"] == 1.0
+
+
+@pytest.mark.ray
+def test_embed_items_on_a_real_ray_session(workspace, bert_folder):
+    """Two workers, windows of 5 texts, one commit; then a worker's error arrives as one line."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        base = ("--set", "item_tower.use=base", "--set", "embed.window=5", "--set", "embed.workers=2")
+        workspace.run("prepare-data")
+        first = workspace.run("embed-items", *base)
+        assert first["embedded"] == 24
+        assert ray.is_initialized()
+        assert len(list(workspace.store.glob("item_embeddings/_delta_log/*.json"))) == 2
+        assert workspace.run("embed-items", *base)["embedded"] == 0
+        store = Store(workspace.store)
+        assert store.require(Snapshot).items == 24
+        before = workspace.published()
+        model = workspace.folder / "broken"
+        shutil.copytree(bert_folder, model)
+        _poison(model)
+        error = workspace.fails("embed-items", *base, "--set", f"encoder.model={model}")
+        assert error["kind"] == "Embedding"
+        assert "not finite" in error["error"]
+        assert workspace.published() == before
+    finally:
+        ray.shutdown()
+
+
+def _poison(model) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][:] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_steps_of_the_demo_are_the_picture():
+    titles = [step.title for step in demo.STEPS]
+    assert list(dict.fromkeys(titles)) == [
+        "prepare-data", "evaluate", "train-user", "embed-items", "tune-items", "build-index"
+    ]  # fmt: skip
