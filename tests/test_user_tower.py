@@ -68,20 +68,47 @@ def test_cut_map_and_select():
     assert (chosen.users, chosen.items.tolist()) == (["u1", "u0"], [4, 5, 1, 2, 3])
 
 
-def test_info_nce_is_cross_entropy_and_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("chunk", [1 << 24, 9 * 5])
+def test_info_nce_and_its_gradients_are_cross_entropys_in_any_chunks(monkeypatch, chunk):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(12, 4, generator=generator, requires_grad=True)
-    items = torch.randn(9, 4, generator=generator)
-    targets = torch.arange(12) % 9
-    groups, scale = torch.arange(9), torch.tensor(2.0)
-    whole = info_nce(queries, items[targets], items, targets, groups, scale)
-    expected = torch.nn.functional.cross_entropy(queries @ items.T * 2.0, targets)
-    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
-    (gradient,) = torch.autograd.grad(whole, queries)
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 9 * 5)
-    chunked = info_nce(queries, items[targets], items, targets, groups, scale)
-    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(chunked, queries)[0], gradient)
+    items = torch.randn(9, 4, generator=generator, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    targets, groups = torch.arange(12) % 9, torch.arange(9)
+    found = info_nce(queries, items[targets], items, targets, groups, scale)
+    expected = torch.nn.functional.cross_entropy(queries @ items.T * scale, targets)
+    torch.testing.assert_close(found, expected)
+    inputs = (queries, items, scale)
+    torch.testing.assert_close(torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs))
+
+
+def test_info_nce_is_finite_where_the_positives_probability_underflows():
+    queries = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    items = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    loss = info_nce(queries, items[:1], items, torch.tensor([0]), torch.tensor([0, 1]), torch.tensor(100.0))
+    assert loss.item() == pytest.approx(200.0)
+    assert torch.autograd.grad(loss, queries)[0].tolist() == [[200.0, 0.0]]
+
+
+def test_info_nce_under_autocast_is_close_to_float32():
+    generator = torch.Generator().manual_seed(0)
+    unit = [torch.nn.functional.normalize(torch.randn(n, 32, generator=generator), dim=-1) for n in (64, 50)]
+    queries, items = unit[0].requires_grad_(), unit[1]
+    arguments = (
+        queries,
+        items[torch.arange(64) % 50],
+        items,
+        torch.arange(64) % 50,
+        torch.arange(50),
+        torch.tensor(14.0),
+    )
+    exact = info_nce(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = info_nce(*arguments)
+    assert fast.item() == pytest.approx(exact.item(), rel=1e-3)
+    one, other = torch.autograd.grad(exact, queries)[0], torch.autograd.grad(fast, queries)[0]
+    assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9999
 
 
 def test_a_negative_with_the_positives_text_is_masked():
