@@ -12,7 +12,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        bench-seeds test test-all lint types
+        bench-seeds bench-grid test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ recommend: $(STAMP) ## recommend (ARGS="--user ID" or "--items id,id")
 
 bench-seeds: $(STAMP) ## the demo's runs over three seeds, paired difference tuned - frozen
 	@$(HLLM) bench seeds --config $(CONFIG) $(ARGS)
+
+bench-grid: $(STAMP) ## the grid for sasrec-id and tuned-cache on validation, after the demo
+	@$(HLLM) bench grid --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

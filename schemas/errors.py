@@ -40,5 +40,9 @@ class EmbeddingError(PipelineError):
     """The item tower produced something that must not be stored (NaN, overflow, a zero vector)."""
 
 
+class TrainingError(PipelineError):
+    """A training cannot go on."""
+
+
 class DownloadError(PipelineError):
     """A download failed or did not have the expected checksum."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, TrainingError
 from user_tower import loss as loss_module
 from user_tower.loss import info_nce
 from user_tower.model import UserTower, UserTowerConfig
@@ -208,3 +208,20 @@ def test_max_steps_ends_training():
         metric="recall@10",
     )
     assert result.steps == 3
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    tower, catalog = text_tower()
+    broken = catalog._replace(vectors=torch.full_like(catalog.vectors, float("nan")))
+    step = UserStep(tower, broken, torch.arange(10), 0)
+    events = histories(*[[0, 1, 2, 3]] * 4)
+    with pytest.raises(TrainingError, match="t: the loss is nan at step 0"):
+        fit(
+            step,
+            [{"params": list(tower.parameters())}],
+            lambda epoch: training_batches(events, 6, 2, np.random.default_rng(epoch)),
+            lambda: {"recall@10": 0.0},
+            TrainConfig(precision="float32"),
+            name="t",
+            metric="recall@10",
+        )

@@ -67,7 +67,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         d_queries, d_positives, d_negatives, d_scale, scale = ctx.saved_tensors
         mean = upstream / ctx.count
         share = mean * scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from schemas.errors import TrainingError
 from user_tower.loss import info_nce
 from user_tower.model import Catalog, UserTower
 from user_tower.sequences import Batch
@@ -104,6 +106,53 @@ def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
+@dataclass
+class _Loop:
+    """What the epochs of one training share."""
+
+    name: str
+    accelerator: Accelerator
+    step: nn.Module
+    optimizer: torch.optim.Optimizer
+    warmup: torch.optim.lr_scheduler.LRScheduler
+    parameters: list[nn.Parameter]
+    config: TrainConfig
+    progress: tqdm
+    result: FitResult = field(default_factory=FitResult)
+
+    @property
+    def out_of_steps(self) -> bool:
+        return self.result.steps == self.config.max_steps
+
+    def epoch(self, batches: Iterable[Batch]) -> float:
+        """Train on the batches, up to ``max_steps`` in all; returns their mean loss. Raises TrainingError."""
+        started, first, loss_sum = time.perf_counter(), self.result.steps, 0.0
+        self.step.train()
+        for batch in batches:
+            loss = self.step(batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{self.name}: the loss is {value} at step {self.result.steps}; lower the learning rate "
+                    f"({self.config.learning_rate}), or check the item vectors"
+                )
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            self.optimizer.step()
+            self.warmup.step()
+            self.optimizer.zero_grad()
+            loss_sum += value
+            self.result.steps += 1
+            self.result.positions += int((batch.targets >= 0).sum())
+            self.progress.update()
+            if self.out_of_steps:
+                break
+        self.result.seconds += time.perf_counter() - started
+        self.result.epochs += 1
+        self.step.eval()
+        return loss_sum / max(1, self.result.steps - first)
+
+
 def fit(
     step: nn.Module,
     parameter_groups: list[dict],
@@ -118,52 +167,35 @@ def fit(
 
     parameter_groups: as for an optimiser, each with its "params" and optionally its "lr".
     epoch_batches: epoch number -> its batches. validate: figures of the current weights; ``metric`` decides.
+    Raises TrainingError when the loss is not finite.
     """
     accelerator = Accelerator(mixed_precision=_mixed_precision(config.precision))
     optimizer = torch.optim.AdamW(
         parameter_groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda number: min(1.0, (number + 1) / (config.warmup_steps + 1))
-    )
+    ramp = config.warmup_steps + 1
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: min(1.0, (number + 1) / ramp))
     step, optimizer, warmup = accelerator.prepare(step, optimizer, warmup)
     parameters = [parameter for group in parameter_groups for parameter in group["params"]]
-    result, best_state, stale = FitResult(), None, 0
-    progress = tqdm(total=config.max_steps, desc=name, unit="step", mininterval=2)
-    for epoch in range(config.epochs):
-        started = time.perf_counter()
-        step.train()
-        loss_sum, batches = 0.0, 0
-        for batch in epoch_batches(epoch):
-            loss = step(batch)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, config.clip_norm)
-            optimizer.step()
-            warmup.step()
-            optimizer.zero_grad()
-            loss_sum, batches = loss_sum + loss.item(), batches + 1
-            result.steps += 1
-            result.positions += int((batch.targets >= 0).sum())
-            progress.update()
-            if result.steps == config.max_steps:
+    best_state, stale = None, 0
+    with tqdm(total=config.max_steps, desc=name, unit="step", mininterval=2) as progress:
+        loop = _Loop(name, accelerator, step, optimizer, warmup, parameters, config, progress)
+        result = loop.result
+        for epoch in range(config.epochs):
+            loss = loop.epoch(epoch_batches(epoch))
+            last = result.epochs == config.epochs or loop.out_of_steps
+            if not last and result.epochs % config.validate_every:
+                continue
+            figures = {"loss": loss, **validate()}
+            result.curve.append({"step": result.steps, "epoch": result.epochs, **figures})
+            progress.set_postfix({metric: f"{figures[metric]:.4f}", "loss": f"{figures['loss']:.3f}"})
+            if not result.best or figures[metric] > result.best[metric]:
+                result.best, stale = figures, 0
+                best_state = copy.deepcopy(accelerator.unwrap_model(step).state_dict())
+            else:
+                stale += 1
+            if last or stale >= config.patience:
                 break
-        result.seconds += time.perf_counter() - started
-        result.epochs = epoch + 1
-        last = result.epochs == config.epochs or result.steps == config.max_steps
-        if not last and result.epochs % config.validate_every:
-            continue
-        step.eval()
-        figures = {"loss": loss_sum / max(1, batches), **validate()}
-        result.curve.append({"step": result.steps, "epoch": result.epochs, **figures})
-        progress.set_postfix({metric: f"{figures[metric]:.4f}", "loss": f"{figures['loss']:.3f}"})
-        if not result.best or figures[metric] > result.best[metric]:
-            result.best, stale = figures, 0
-            best_state = copy.deepcopy(accelerator.unwrap_model(step).state_dict())
-        else:
-            stale += 1
-        if last or stale >= config.patience:
-            break
-    progress.close()
     model = accelerator.unwrap_model(step)
     if best_state is not None:
         model.load_state_dict(best_state)
