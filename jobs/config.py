@@ -116,6 +116,7 @@ def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
     class FileConfig(Config):
         model_config = SettingsConfigDict(toml_file=path)
 
+    source = str(path or "environment")
     try:
         values: dict[str, Any] = {"name": name} if name else {}
         for dotted, value in FileConfig(**values).variants.get(name or "", {}).items():
@@ -125,8 +126,9 @@ def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
             if not equals:
                 raise ConfigError(f"--set {assignment}: expected key=value, such as train.epochs=3")
             _nest(values, dotted.strip(), _parse(text.strip()))
+        source = f"--set {sets}" if sets else f"{source}, variants"
         return FileConfig(**values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path or "configuration"))) from error
+        raise ConfigError(_explain(error, source)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
