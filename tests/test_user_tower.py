@@ -193,21 +193,20 @@ def test_fit_keeps_the_best_weights_stops_early_and_repeats_itself():
     assert train()[1] == seen
 
 
-def test_max_steps_ends_training():
-    tower, catalog = text_tower()
-    step = UserStep(tower, catalog, torch.arange(10), 3)
+def test_max_steps_ends_training_and_each_training_has_its_own_precision():
     events = histories(*[[0, 1, 2, 3]] * 20)
-    config = TrainConfig(epochs=9, batch_size=2, max_steps=3, precision="float32")
-    result = fit(
-        step,
-        [{"params": list(tower.parameters())}],
-        lambda epoch: training_batches(events, 6, 2, np.random.default_rng(epoch)),
-        lambda: {"recall@10": 0.0},
-        config,
-        name="t",
-        metric="recall@10",
-    )
-    assert result.steps == 3
+    for precision in ("float32", "bfloat16"):
+        tower, catalog = text_tower()
+        result = fit(
+            UserStep(tower, catalog, torch.arange(10), 3),
+            [{"params": list(tower.parameters())}],
+            lambda epoch: training_batches(events, 6, 2, np.random.default_rng(epoch)),
+            lambda: {"recall@10": 0.0},
+            TrainConfig(epochs=9, batch_size=2, max_steps=3, precision=precision),
+            name="t",
+            metric="recall@10",
+        )
+        assert result.steps == 3
 
 
 def test_a_loss_that_is_not_finite_stops_training():

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -169,6 +170,8 @@ def fit(
     epoch_batches: epoch number -> its batches. validate: figures of the current weights; ``metric`` decides.
     Raises TrainingError when the loss is not finite.
     """
+    # the precision of the first training in a process would be that of all: a later one may be set differently
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=_mixed_precision(config.precision))
     optimizer = torch.optim.AdamW(
         parameter_groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
