@@ -1,7 +1,12 @@
-"""The embedding step of the batch job: an Arrow table of texts in, an Arrow table of vectors out."""
+"""The embedding step of the batch job: an Arrow table of texts in, an Arrow table of vectors out.
+
+Texts that cannot be embedded are found by halving their batch; they come back by name, the others as vectors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -10,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from item_tower.encoder import ItemEncoder
+from item_tower.batching import token_budget_batches
+from item_tower.encoder import ItemEncoder, TokenisedTexts
 from schemas import tables
-from schemas.errors import EmbeddingError
 
 
 class EmbedConfig(BaseModel):
@@ -22,11 +27,35 @@ class EmbedConfig(BaseModel):
 
     token_budget: int = Field(default=16_384, gt=0)
     """Padded tokens of one forward pass."""
-    window: int = Field(default=8_192, gt=0)
-    """Texts handed to a worker at once; they are sorted by length within it."""
+    window: int = Field(default=16_384, gt=0)
+    """Texts handed to a worker at once and written to one file; they are sorted by length within it."""
     output_dtype: Literal["float16", "float32"] = "float16"
     workers: int | None = Field(default=None, gt=0)
     """Ray actors, each with a copy of the model; by default one a GPU, else one for the machine."""
+    commit_texts: int = Field(default=131_072, gt=0)
+    """A killed run loses at most so many finished texts."""
+    max_share: float = Field(default=0.5, gt=0, le=1)
+    """A larger share of a catalog that has a snapshot is not embedded again without ``--allow-full``."""
+    full_from: int = Field(default=10_000, ge=0)
+    """Up to so many texts are embedded without that question."""
+    retry_failed: bool = False
+    """Try again the texts that failed in earlier runs."""
+
+
+@dataclass
+class Embedded:
+    """What became of some texts. Row numbers are those of the texts handed in.
+
+    vectors: [n, D] in the output dtype, of ``rows`` [n]; n_tokens int32 [n]; truncated bool [n]; padded: tokens
+    computed, padding included; failed: row -> reason.
+    """
+
+    vectors: NDArray[np.floating]
+    rows: NDArray[np.int64]
+    n_tokens: NDArray[np.int32]
+    truncated: NDArray[np.bool_]
+    padded: int
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -43,33 +72,104 @@ def encode_texts(
     return vectors.cpu().numpy(), tokens.lengths, tokens.truncated
 
 
-def check_vectors(vectors: NDArray[np.floating], texts: list[str]) -> None:
-    """Raise EmbeddingError, quoting the first bad text, for NaN, infinity, overflow or a zero vector."""
-    bad = ~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise EmbeddingError(
-            f"{int(bad.sum())} of {len(texts)} vectors are not finite in {vectors.dtype} or are zero, first for "
-            f'the text {texts[row][:80]!r}; check the item tower, or set embed.output_dtype = "float32"'
-        )
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:500]
 
 
-def embed_table(encoder: ItemEncoder, texts: pa.Table, config: EmbedConfig) -> pa.Table:
-    """texts: columns key (binary), text (string). Returns key, embedding, n_tokens, truncated.
+def _unusable(vectors: NDArray[np.floating]) -> NDArray[np.bool_]:
+    return ~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)
 
-    embedding: little-endian bytes of D values of ``output_dtype``. Raises EmbeddingError as ``check_vectors``.
+
+def tokenise_safely(encoder: ItemEncoder, texts: list[str], failed: dict[int, str]) -> TokenisedTexts:
+    """As ``encoder.tokenise``; texts on which it raises get no tokens and a line in ``failed``."""
+
+    def half(rows: list[int]) -> list[tuple[list[int], bool]]:
+        try:
+            found = encoder.tokenise([texts[row] for row in rows])
+            return list(zip(found.input_ids, found.truncated.tolist(), strict=True))
+        except Exception as error:  # whatever a tokenizer raises, it must not stop the other texts
+            if len(rows) == 1:
+                failed[rows[0]] = _reason(error)
+                return [([], False)]
+            middle = len(rows) // 2
+            return half(rows[:middle]) + half(rows[middle:])
+
+    found = half(list(range(len(texts)))) if texts else []
+    return TokenisedTexts([ids for ids, _ in found], np.array([cut for _, cut in found], dtype=bool))
+
+
+@torch.inference_mode()
+def embed_texts(
+    encoder: ItemEncoder,
+    texts: list[str],
+    config: EmbedConfig,
+    *,
+    suspects: list[list[int]] | None = None,
+    failed: dict[int, str] | None = None,
+    attempt: Callable[[list[int]], None] = lambda rows: None,
+) -> Embedded:
+    """Embed texts in length-sorted batches, leaving out and naming those that fail twice.
+
+    suspects: groups of rows to be embedded by themselves and first, since a worker died over them; failed: rows
+    not to be tried, with the reason; ``attempt`` is told the rows of every batch before it is computed. A row
+    whose model call raises, or whose vector is not finite in ``output_dtype`` or is zero, fails once in its batch
+    and once alone.
     """
-    rows = texts.column(tables.TEXT).to_pylist()
-    vectors, n_tokens, truncated = encode_texts(encoder, rows, config.token_budget)
-    stored = vectors.astype(np.dtype(config.output_dtype).newbyteorder("<"))
-    check_vectors(stored, rows)
+    encoder.eval()
+    failed = dict(failed or {})
+    tokens = tokenise_safely(encoder, texts, failed)
+    lengths = tokens.lengths
+    stored = np.zeros((len(texts), encoder.dim), dtype=np.dtype(config.output_dtype).newbyteorder("<"))
+    padded = 0
+
+    def embed(rows: list[int]) -> None:
+        nonlocal padded
+        attempt(rows)
+        padded += int(lengths[rows].max()) * len(rows)
+        try:
+            found = encoder(*encoder.pad([tokens.input_ids[row] for row in rows])).cpu().numpy()
+        except Exception as error:  # any failure of a model on a text: halve until the text is found
+            if len(rows) == 1:
+                failed[rows[0]] = _reason(error)
+                return
+            middle = len(rows) // 2
+            embed(rows[:middle])
+            embed(rows[middle:])
+            return
+        with np.errstate(over="ignore"):
+            stored[rows] = found
+        bad = _unusable(stored[rows])
+        if len(rows) > 1:
+            for row in np.asarray(rows)[bad].tolist():
+                embed([row])
+        elif bad.any():
+            failed[rows[0]] = f"its vector is zero or not finite in {config.output_dtype}"
+
+    groups = [[row for row in group if row not in failed] for group in suspects or []]
+    apart = {row for group in groups for row in group} | set(failed)
+    rest = np.array([row for row in range(len(texts)) if row not in apart], dtype=np.int64)
+    for group in groups:
+        if group:
+            embed(group)
+    for batch in token_budget_batches(lengths[rest], config.token_budget):
+        embed(rest[batch].tolist())
+    rows = np.array([row for row in range(len(texts)) if row not in failed], dtype=np.int64)
+    return Embedded(stored[rows], rows, lengths[rows].astype(np.int32), tokens.truncated[rows], padded, failed)
+
+
+def as_table(keys: pa.ChunkedArray | pa.Array, result: Embedded) -> pa.Table:
+    """key, embedding, n_tokens, truncated of the rows that have a vector; keys: of all texts handed in.
+
+    embedding: the little-endian bytes of D values of the output dtype.
+    """
+    stored = np.ascontiguousarray(result.vectors)
     width = stored.shape[1] * stored.itemsize
-    fixed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(stored)])
+    fixed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(stored), [None, pa.py_buffer(stored)])
     return pa.table(
         {
-            tables.KEY: texts.column(tables.KEY).cast(pa.binary()),
+            tables.KEY: keys.take(pa.array(result.rows)).cast(pa.binary()),
             tables.EMBEDDING: fixed.cast(pa.binary()),
-            tables.N_TOKENS: pa.array(n_tokens, pa.int32()),
-            tables.TRUNCATED: pa.array(truncated, pa.bool_()),
+            tables.N_TOKENS: pa.array(result.n_tokens, pa.int32()),
+            tables.TRUNCATED: pa.array(result.truncated, pa.bool_()),
         }
     )

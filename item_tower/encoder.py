@@ -98,6 +98,40 @@ def _load_pretrained(name: str) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
+def read_settings(folder: Path) -> tuple[EncoderConfig, TemplateConfig]:
+    """How a saved tower reads its texts. Raises StoreError when the file is missing or damaged."""
+    try:
+        settings = json.loads((folder / "encoder.json").read_text())
+        return EncoderConfig(**settings["encoder"]), TemplateConfig(**settings["template"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"item tower {folder} cannot be read: {error}; tune it again") from error
+
+
+def _tokenise(tokenizer: Any, config: EncoderConfig, texts: Sequence[str]) -> TokenisedTexts:
+    if not texts:
+        return TokenisedTexts([], np.zeros(0, dtype=bool))
+    encoded = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=config.max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    ids = encoded["input_ids"]
+    if encoded.encodings is not None:
+        truncated = np.array([bool(encoding.overflowing) for encoding in encoded.encodings])
+    else:  # a tokenizer without a Rust backend does not say what it cut off
+        truncated = np.array([len(row) >= config.max_length for row in ids])
+    return TokenisedTexts(ids, truncated)
+
+
+def tokenise_texts(folder: Path | None, config: EncoderConfig, texts: Sequence[str]) -> TokenisedTexts:
+    """As ``ItemEncoder.tokenise`` of the tower in a folder (None: the untuned one), its weights not read."""
+    source = resolve_model(config.model) if folder is None else str(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(source, truncation_side=config.truncation_side)
+    return _tokenise(tokenizer, config, texts)
+
+
 class ItemEncoder(nn.Module):
     """Token ids to item vectors. Build it with ``from_config`` or ``load``."""
 
@@ -136,17 +170,11 @@ class ItemEncoder(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> ItemEncoder:
         """A tower written by ``save``. Raises StoreError when a file is missing or damaged."""
+        config, template = read_settings(folder)
         try:
-            settings = json.loads((folder / "encoder.json").read_text())
-            model, tokenizer = _load_pretrained(str(folder / "model"))
-            encoder = cls(
-                model,
-                tokenizer,
-                EncoderConfig(**settings["encoder"]),
-                TemplateConfig(**settings["template"]),
-            )
+            encoder = cls(*_load_pretrained(str(folder / "model")), config, template)
             encoder.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ConfigError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, ConfigError) as error:
             raise StoreError(f"item tower {folder} cannot be read: {error}; tune it again") from error
         return encoder
 
@@ -166,21 +194,7 @@ class ItemEncoder(nn.Module):
 
     def tokenise(self, texts: Sequence[str]) -> TokenisedTexts:
         """Token ids of each text, cut to ``max_length``."""
-        if not texts:
-            return TokenisedTexts([], np.zeros(0, dtype=bool))
-        encoded = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.config.max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        ids = encoded["input_ids"]
-        if encoded.encodings is not None:
-            truncated = np.array([bool(encoding.overflowing) for encoding in encoded.encodings])
-        else:  # a tokenizer without a Rust backend does not say what it cut off
-            truncated = np.array([len(row) >= self.config.max_length for row in ids])
-        return TokenisedTexts(ids, truncated)
+        return _tokenise(self.tokenizer, self.config, texts)
 
     def pad(self, input_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Right-padded ids and mask on the tower's device, int64, [B, T]; T leaves room for [ITEM]."""

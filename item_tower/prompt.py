@@ -62,19 +62,19 @@ def render(items: pa.Table, template: TemplateConfig) -> list[str]:
     return texts
 
 
-def apply_empty_policy(item_ids: list[str], texts: list[str], template: TemplateConfig) -> list[int]:
-    """Row numbers of the items that have text, in order.
-
-    Raises DataError under the policy ``error`` when an item has none, naming the first ones.
-    """
-    kept = [row for row, text in enumerate(texts) if text]
-    if len(kept) < len(texts) and template.empty_text == "error":
-        empty = [item_ids[row] for row, text in enumerate(texts) if not text]
+def require_text(empty: list[str], total: int, template: TemplateConfig) -> None:
+    """Raise DataError under the policy ``error`` when items (ids) have no text, naming the first ones."""
+    if empty and template.empty_text == "error":
         raise DataError(
-            f"{len(empty)} of {len(texts)} items have no text in {list(template.fields)}, first "
+            f"{len(empty)} of {total} items have no text in {list(template.fields)}, first "
             f'{empty[:3]}; give them text or set template.empty_text = "quarantine"'
         )
-    return kept
+
+
+def apply_empty_policy(item_ids: list[str], texts: list[str], template: TemplateConfig) -> list[int]:
+    """Row numbers of the items that have text, in order. Raises DataError as ``require_text``."""
+    require_text([item for item, text in zip(item_ids, texts, strict=True) if not text], len(texts), template)
+    return [row for row, text in enumerate(texts) if text]
 
 
 def content_keys(texts: list[str]) -> list[bytes]:

@@ -24,6 +24,8 @@ COMMANDS = {
     "evaluate": ("full-catalog recall and NDCG of the run called --name", True, True),
     "compare-runs": ("one table of the newest evaluation of each name", False, True),
     "recommend": ("items for a user, or after a list of items", True, False),
+    "snapshots": ("list snapshots, show one, or clean up what is past retention", True, False),
+    "export-items": ("the vectors of a snapshot as a plain Parquet file of float32 lists", True, False),
     "demo": ("every step above on the data of the configuration", False, False),
     "bench": ("a measurement by name", False, False),
 }
@@ -44,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--snapshot", help="snapshot id; by default the newest that fits")
         if split:
             sub.add_argument("--split", choices=("valid", "test"), default="test")
+    snapshots = commands.choices["snapshots"]
+    snapshots.add_argument("action", choices=("list", "show", "clean"))
+    commands.choices["export-items"].add_argument("--out", required=True, metavar="PARQUET", help="file to write")
+    embed = commands.choices["embed-items"]
+    embed.add_argument("--plan", action="store_true", help="say what would be embedded, and embed nothing")
+    embed.add_argument("--allow-full", action="store_true", help="embed most of the catalog again without a question")
     recommend = commands.choices["recommend"]
     who = recommend.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", help="a user of the data set")
@@ -67,6 +75,9 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         importlib.import_module("jobs.config").load_config(config, options["name"], sets)
     )
     own: dict[str, Any] = {key: options[key] for key in ("snapshot", "split") if key in options}
+    own |= {key: options[key] for key in ("action", "out") if key in options}
+    if command == "embed-items":
+        own = {"plan_only": options["plan"], "allow_full": options["allow_full"]}
     if command == "recommend":
         items = (options["items"] or "").split(",")
         own |= {"user": options["user"], "items": [item.strip() for item in items], "k": options["k"]}

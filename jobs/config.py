@@ -21,7 +21,9 @@ from pydantic_settings import (
 from item_tower.embed import EmbedConfig
 from item_tower.encoder import EncoderConfig
 from item_tower.prompt import TemplateConfig
+from pipeline.cleanup import RetentionConfig
 from pipeline.evaluate import EvaluateConfig
+from pipeline.gates import GateConfig
 from pipeline.index import IndexConfig
 from pipeline.ingest import DataConfig
 from pipeline.joint import JointConfig
@@ -56,10 +58,12 @@ class Config(BaseSettings):
     encoder: EncoderConfig = EncoderConfig()
     item_tower: ItemTowerConfig = ItemTowerConfig()
     embed: EmbedConfig = EmbedConfig()
+    gates: GateConfig = GateConfig()
     tune: JointConfig = JointConfig()
     user_tower: UserTowerConfig = UserTowerConfig()
     train: TrainConfig = TrainConfig()
     index: IndexConfig = IndexConfig()
+    retention: RetentionConfig = RetentionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)

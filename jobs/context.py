@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from item_tower.encoder import ItemEncoder, default_device
+from item_tower.encoder import EncoderConfig, ItemEncoder, default_device, read_settings
 from item_tower.fingerprint import fingerprint
+from item_tower.prompt import TemplateConfig
 from jobs.config import Config
 from pipeline.cache import open_snapshot, require_fingerprint
 from pipeline.dataset import OpenDataset, open_dataset
 from pipeline.store import Store
 from pipeline.tracking import Tracker
-from schemas.errors import FingerprintMismatchError
 from schemas.hashing import Digest
 from schemas.records import Dataset, ItemTower, Snapshot, UserTower
 from user_tower.model import Catalog
@@ -53,11 +53,12 @@ def inputs_hash(*parts: str | BaseModel | None) -> str:
 
 @dataclass(frozen=True)
 class TowerInForce:
-    """An item tower ready to use. record: None for the untuned one."""
+    """The item tower in force: what it is and how it reads. folder: of a tuned one, None for the untuned one."""
 
-    encoder: ItemEncoder
     fingerprint: str
-    record: ItemTower | None
+    encoder: EncoderConfig
+    template: TemplateConfig
+    dim: int
     folder: Path | None
 
 
@@ -94,9 +95,14 @@ class Context:
         return code_version()
 
     @cached_property
-    def dataset(self) -> OpenDataset:
+    def dataset_record(self) -> Dataset:
         """The newest prepared data set of the configured name. Raises NotFoundError."""
-        return open_dataset(self.store, self.store.require(Dataset, name=self.config.data.name))
+        return self.store.require(Dataset, name=self.config.data.name)
+
+    @cached_property
+    def dataset(self) -> OpenDataset:
+        """That data set, opened. Raises NotFoundError, StoreError."""
+        return open_dataset(self.store, self.dataset_record)
 
     def item_tower_record(self) -> ItemTower | None:
         """The tuned tower in force, None for the untuned one. Raises NotFoundError."""
@@ -109,32 +115,26 @@ class Context:
 
     def item_fingerprint(self) -> str:
         """Fingerprint of the item tower in force, its weights read only where no record tells it."""
-        record = self.item_tower_record()
-        if record is not None and record.output_dtype == self.config.embed.output_dtype:
-            return record.fingerprint
         return self.item_tower().fingerprint
 
     def item_tower(self) -> TowerInForce:
-        """Load the item tower in force and check what it is.
+        """What the item tower in force is. A tuned one is told by its record; who loads it checks it.
 
-        Raises FingerprintMismatchError when the files are not those that were recorded.
+        Raises NotFoundError, ConfigError, StoreError.
         """
         record = self.item_tower_record()
         output_dtype = self.config.embed.output_dtype
         if record is None:
             encoder = ItemEncoder.from_config(self.config.encoder, self.config.template)
-            return TowerInForce(encoder, fingerprint(encoder, output_dtype), None, None)
-        folder = self.store.folder(record)
-        encoder = ItemEncoder.load(folder)
-        found = fingerprint(encoder, record.output_dtype)
-        if found != record.fingerprint:
-            raise FingerprintMismatchError(
-                f"{folder} was recorded as item tower {record.fingerprint} and is now {found}: its files "
-                f"or the tokenizer library changed; restore it, or tune again"
+            return TowerInForce(
+                fingerprint(encoder, output_dtype), self.config.encoder, encoder.template, encoder.dim, None
             )
+        folder = self.store.folder(record)
+        settings, template = read_settings(folder)
+        found = record.fingerprint
         if output_dtype != record.output_dtype:
-            found = fingerprint(encoder, output_dtype)
-        return TowerInForce(encoder, found, record, folder)
+            found = fingerprint(ItemEncoder.load(folder), output_dtype)
+        return TowerInForce(found, settings, template, record.dim, folder)
 
     def snapshot(self, fingerprint: str, reader: str, snapshot_id: str | None) -> Snapshot:
         """The named snapshot, or the newest one of that item tower.

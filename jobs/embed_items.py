@@ -1,186 +1,286 @@
-"""embed-items: the texts that have no vector yet through the Item LLM on Ray, one commit, one snapshot."""
+"""embed-items: plan, the missing texts through the Item LLM on Ray, commits in chunks, gates, one snapshot."""
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import torch
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from item_tower.embed import EmbedConfig, embed_table
-from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
-from item_tower.fingerprint import fingerprint
-from item_tower.prompt import TemplateConfig, apply_empty_policy, content_keys, render
+from item_tower.embed import EmbedConfig
+from item_tower.encoder import tokenise_texts
+from item_tower.prompt import require_text
 from jobs.context import Context, TowerInForce
+from jobs.embed_worker import PROBE, ROW, WorkOrder, default_threads
 from pipeline.cache import (
     EmbeddingPlan,
-    commit_files,
     create_snapshot,
     find_snapshot,
     plan_embedding,
+    remembered_failures,
     snapshot_items,
-    write_embedding_file,
 )
+from pipeline.catalog import read_texts, scan_catalog
+from pipeline.gates import GateConfig, choose_probes, lowest_agreement, pass_gate
 from schemas import tables
-from schemas.errors import FingerprintMismatchError, PipelineError
+from schemas.errors import ConfigError, DataError
 from schemas.records import Snapshot
 
-
-class EmbedAndWrite:
-    """A Ray actor: loads the item tower once, then texts in, one uncommitted Parquet file a batch out."""
-
-    def __init__(
-        self,
-        folder: Path | None,
-        encoder: EncoderConfig,
-        template: TemplateConfig,
-        embed: EmbedConfig,
-        expected: str,
-        table: Path,
-        run_id: str,
-        threads: int,
-    ) -> None:
-        """folder: of a tuned tower, None for the untuned one."""
-        torch.set_num_threads(threads)
-        tower = ItemEncoder.from_config(encoder, template) if folder is None else ItemEncoder.load(folder)
-        self.encoder = tower.to(default_device())
-        self.found, self.expected = fingerprint(self.encoder, embed.output_dtype), expected
-        self.embed, self.table, self.run_id = embed, table, run_id
-
-    def __call__(self, texts: pa.Table) -> pa.Table:
-        """texts: key, text. Returns one row about the file written, as ``commit_files`` reads it.
-
-        Raises EmbeddingError; FingerprintMismatchError when this worker's tower is not the driver's (said here,
-        since Ray passes on what a call raises, and of a constructor only that the actor died).
-        """
-        if self.found != self.expected:
-            raise FingerprintMismatchError(
-                f"a worker loaded item tower {self.found}, the job embeds for {self.expected}: model files, "
-                f"packages or processor differ between driver and workers; make them the same"
-            )
-        rows = embed_table(self.encoder, texts, self.embed)
-        info = write_embedding_file(self.table, self.expected, self.run_id, rows)
-        return pa.Table.from_pylist([info])
+_SAMPLE = 1_000  # texts tokenised for the estimate of --plan
 
 
-def embed_missing(context: Context, tower: TowerInForce, texts: pa.Table, run_id: str) -> list[dict[str, Any]]:
-    """Run Ray Data over the texts (key, text); returns the uncommitted files.
+@dataclass
+class Totals:
+    """What the reports of tonight's windows add up to."""
 
-    Ray starts here and nowhere else, locally or on the cluster of RAY_ADDRESS; a session that is already open
-    is used and left open. Every worker must see the store's folder. Raises what the item tower raised.
-    """
-    import ray
+    texts: int = 0
+    tokens: int = 0
+    padded: int = 0
+    truncated: int = 0
+    seconds: float = 0.0
+    agreement: float = 1.0
+    failed: dict[int, str] = field(default_factory=dict)  # catalog row -> reason
 
-    config = context.config.embed
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    def add(self, report: dict[str, Any]) -> None:
+        """Count one window."""
+        self.texts += report["texts"]
+        self.tokens += report["tokens"]
+        self.padded += report["padded"]
+        self.truncated += report["truncated"]
+        self.failed |= dict(zip(report["failed_rows"], report["failed_reasons"], strict=True))
+
+
+def embed_windows(order: WorkOrder, windows: list[pa.Table], workers: int | None) -> Iterator[dict[str, Any]]:
+    """The windows through Ray, which is imported here and nowhere before."""
+    from jobs.embed_ray import embed_windows as on_ray
+
+    return on_ray(order, windows, workers)
+
+
+def _window(rows: NDArray[np.int64], probe: bool) -> pa.Table:
+    return pa.table({ROW: pa.array(rows), PROBE: pa.array(np.full(len(rows), probe))})
+
+
+def _embed_missing(context: Context, tower: TowerInForce, plan: EmbeddingPlan, run_id: str) -> Totals:
+    """Embed what is missing, committing as windows come in. Raises GateError before the first commit when the
+    texts of stored vectors come out different tonight, or when too many texts fail."""
+    config, limits, table = context.config.embed, context.config.gates, context.store.embeddings
+    totals = Totals()
+    probes, stored = choose_probes(table, plan.fingerprint, plan.scan, config.output_dtype, tower.dim)
+    order_of = np.argsort(plan.scan.rows[probes], kind="stable")
+    probes, stored = probes[order_of], stored[order_of]
+    rows = plan.scan.rows[plan.missing]
+    windows = [_window(rows[start : start + config.window], False) for start in range(0, len(rows), config.window)]
+    if len(probes):
+        windows.insert(0, _window(plan.scan.rows[probes], True))
+    workers = config.workers
+    order = WorkOrder(
+        tower=tower.folder.resolve() if tower.folder else None,
+        encoder=tower.encoder,
+        template=tower.template,
+        embed=config,
+        fingerprint=tower.fingerprint,
+        catalog=(context.store.folder(context.dataset_record) / "items.parquet").resolve(),
+        table=table.root.resolve(),
+        run_id=run_id,
+        threads=default_threads(workers or 1),
+    )
+    waiting: list[dict[str, Any]] = []
+    agreed = not len(probes)
+
+    def commit() -> None:
+        files = [report for report in waiting if report["path"]]
+        if files:
+            table.commit(plan.fingerprint, files)
+        waiting.clear()
+
     try:
-        settings = ray.data.DataContext.get_current()
-        settings.enable_progress_bars = False
-        settings.raise_original_map_exception = True
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised below, in one line if known
-        settings.print_on_execution_start = False
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        workers = config.workers or max(1, gpus)
-        windows = [texts.slice(start, config.window) for start in range(0, texts.num_rows, config.window)]
-        infos = ray.data.from_arrow(windows).map_batches(
-            EmbedAndWrite,
-            fn_constructor_kwargs={
-                "folder": tower.folder.resolve() if tower.folder else None,
-                "encoder": context.config.encoder,
-                "template": context.config.template,
-                "embed": config,
-                "expected": tower.fingerprint,
-                "table": context.store.embeddings.resolve(),
-                "run_id": run_id,
-                "threads": max(1, (os.cpu_count() or 1) // workers),
-            },
-            batch_size=config.window,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=1,
-            num_gpus=1 if gpus else 0,
+        for report in embed_windows(order, windows, workers):
+            if report["vectors"] is not None:
+                kind = np.dtype(config.output_dtype).newbyteorder("<")
+                tonight = np.frombuffer(report["vectors"], dtype=kind).reshape(-1, tower.dim)
+                _check_agreement(totals, stored, tonight, limits)
+                agreed = True
+                continue
+            totals.add(report)
+            _check_failures(totals, len(plan.scan.rows), limits)
+            waiting.append(report)
+            if agreed and sum(report["rows"] for report in waiting) >= config.commit_texts:
+                commit()
+    finally:  # what is finished is kept, whatever ended the run
+        if agreed:
+            commit()
+    return totals
+
+
+def _check_agreement(
+    totals: Totals, stored: NDArray[np.floating], tonight: NDArray[np.floating], limits: GateConfig
+) -> None:
+    if len(tonight) < len(stored):
+        raise DataError(
+            f"{len(stored) - len(tonight)} texts that have a stored vector fail in the item tower tonight"
         )
-        files = []
-        with tqdm(total=texts.num_rows, desc="embed-items", unit="text", mininterval=2) as progress:
-            for info in infos.iter_rows():
-                files.append(info)
-                progress.update(info["rows"])
-        return files
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, PipelineError):
-            raise cause from None
-        raise
-    finally:
-        if started_here:
-            ray.shutdown()
+    way_out = (
+        "A library, a kernel or the processor changed since: bring it back, or embed everything anew into "
+        "another store"
+    )
+    agreement = lowest_agreement(stored, tonight)
+    totals.agreement = pass_gate("agreement", agreement, limits.min_agreement, way_out, at_least=True)
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Plan, embed what is missing, commit, publish. Raises DataError, EmbeddingError, StoreError."""
+def _check_failures(totals: Totals, items: int, limits: GateConfig) -> None:
+    if totals.failed:
+        first = next(iter(totals.failed.values()))
+        way_out = f"The first of {len(totals.failed)} failed with: {first}. Repair it, or raise gates.max_failed"
+        pass_gate("failed", len(totals.failed) / items, limits.max_failed, way_out)
+
+
+def _left_out(plan: EmbeddingPlan, totals: Totals) -> tuple[set[int], pa.Table]:
+    """Places of the scan without a vector, and the quarantine of the snapshot."""
+    scan = plan.scan
+    reasons = dict(plan.refused)
+    if totals.failed:
+        rows = np.array(list(totals.failed), dtype=np.int64)
+        failed_keys = {
+            scan.keys[place].tobytes(): totals.failed[int(scan.rows[place])]
+            for place in np.searchsorted(scan.rows, rows)
+        }
+        candidates = np.flatnonzero(np.isin(scan.keys[:, 0], scan.keys[np.searchsorted(scan.rows, rows), 0]))
+        for place in candidates.tolist():  # every item of a failed text
+            reason = failed_keys.get(scan.keys[place].tobytes())
+            if reason is not None:
+                reasons[place] = reason
+    places = sorted(reasons)
+    empty = len(scan.empty)
+    quarantine = pa.table(
+        [
+            pa.array([*scan.empty, *(scan.item_ids[place].as_py() for place in places)], pa.string()),
+            pa.array([None] * empty + [scan.keys[place].tobytes() for place in places], pa.binary()),
+            pa.array(
+                ["no text in the template's fields"] * empty + [reasons[place] for place in places], pa.string()
+            ),
+        ],
+        schema=tables.LEFT_OUT,
+    )
+    return set(reasons), quarantine
+
+
+def _guard(context: Context, plan: EmbeddingPlan, config: EmbedConfig) -> None:
+    share = plan.embedded / max(1, len(plan.scan.keys))
+    known = context.store.newest(Snapshot, fingerprint=plan.fingerprint) or context.store.newest(Snapshot)
+    if known is not None and plan.embedded > config.full_from and share > config.max_share:
+        raise ConfigError(
+            f"{plan.embedded} of {len(plan.scan.keys)} texts have no vector of item tower {plan.fingerprint} "
+            f"(the newest snapshot is of {known.fingerprint}); if model or template were meant to change, "
+            f"run again with --allow-full"
+        )
+
+
+def _estimate(context: Context, tower: TowerInForce, plan: EmbeddingPlan) -> dict[str, Any]:
+    """Counts, tokens and time of a plan, from a sample of its texts and the speed of the last run."""
+    rng = np.random.default_rng(0)
+    sample = np.sort(rng.permutation(plan.missing)[:_SAMPLE])
+    catalog = context.store.folder(context.dataset_record) / "items.parquet"
+    texts = read_texts(catalog, tower.template, plan.scan.rows[sample]).column(tables.TEXT).to_pylist()
+    per_text = tokenise_texts(tower.folder, tower.encoder, texts).lengths.mean() if texts else 0.0
+    tokens = round(per_text * plan.embedded)
+    runs = context.store.all(Snapshot, fingerprint=plan.fingerprint) or context.store.all(Snapshot)
+    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second]
+    return {
+        "plan": True,
+        "fingerprint": plan.fingerprint,
+        "items": len(plan.scan.keys) - len(plan.refused),
+        "embedded": plan.embedded,
+        "reused": plan.reused,
+        "quarantined": len(plan.scan.empty) + len(plan.refused),
+        "tokens": tokens,
+        "estimated_seconds": round(tokens / speeds[-1], 1) if speeds else None,
+    }
+
+
+def run(context: Context, plan_only: bool = False, allow_full: bool = False) -> dict[str, Any]:
+    """Plan, embed what is missing, commit, publish. plan_only: say what would be done, and do nothing.
+
+    Raises DataError, ConfigError, EmbeddingError, GateError, StoreError.
+    """
     started = time.perf_counter()
-    store, config = context.store, context.config
-    dataset, tower = context.dataset, context.item_tower()
+    store, config, dataset = context.store, context.config, context.dataset_record
+    tower = context.item_tower()
     # a tuned tower is read the way it was tuned; only the untuned one takes template from the configuration
-    texts = render(dataset.items, tower.encoder.template)
-    kept = apply_empty_policy(dataset.item_ids, texts, tower.encoder.template)
-    ids = dataset.item_ids
-    keys = content_keys([texts[row] for row in kept])
-    plan = plan_embedding(store, tower.fingerprint, [ids[row] for row in kept], keys)
-    items = snapshot_items(plan, dataset.available[kept])
-    snapshot, files = find_snapshot(store, plan, items), []
-    if snapshot is None or plan.missing:
-        sections = context.settings("embed", "encoder", "template", "item_tower", "data")
-        tags = {"fingerprint": tower.fingerprint, "dataset": dataset.record.digest}
-        with context.tracker.run("embed-items", f"embed-items-{config.item_tower.use}", sections, tags) as run:
-            if plan.missing:
-                missing = pa.table(
-                    {
-                        tables.KEY: pa.array([keys[row] for row in plan.missing], pa.binary()),
-                        tables.TEXT: pa.array([texts[kept[row]] for row in plan.missing], pa.string()),
-                    }
-                )
-                files = embed_missing(context, tower, missing, run.run_id)
-                commit_files(store, tower.fingerprint, files)
-            snapshot = create_snapshot(
-                store,
-                plan,
-                items,
-                dtype=config.embed.output_dtype,
-                dim=tower.encoder.dim,
-                dataset=dataset.record.digest,
-                quarantined=[ids[row] for row in sorted(set(range(len(ids))) - set(kept))],
-                code_version=context.code,
-                run_id=run.run_id,
-            )
-            result = _report(snapshot, plan, files, time.perf_counter() - started)
-            run.tags({"snapshot": snapshot.id})
-            run.metrics({name: value for name, value in result.items() if isinstance(value, int | float)})
-            return result
-    print(f"nothing to embed: {snapshot.items} items are in snapshot {snapshot.id}", file=sys.stderr)
-    return _report(snapshot, plan, files, time.perf_counter() - started)
+    scan = scan_catalog(store.folder(dataset) / "items.parquet", tower.template)
+    require_text(scan.empty, len(scan.rows) + len(scan.empty), tower.template)
+    failed = {} if config.embed.retry_failed else remembered_failures(store, tower.fingerprint)
+    plan = plan_embedding(store, tower.fingerprint, scan, failed)
+    if plan_only:
+        return _estimate(context, tower, plan) | {"seconds": round(time.perf_counter() - started, 3)}
+    if not plan.embedded:
+        snapshot = find_snapshot(store, tower.fingerprint, snapshot_items(scan, set(plan.refused)))
+        if snapshot is not None:
+            print(f"nothing to embed: {snapshot.items} items are in snapshot {snapshot.id}", file=sys.stderr)
+            return _report(snapshot, plan, Totals(), time.perf_counter() - started)
+    if not allow_full:
+        _guard(context, plan, config.embed)
+    sections = context.settings("embed", "encoder", "template", "item_tower", "data", "gates")
+    tags = {"fingerprint": tower.fingerprint, "dataset": dataset.digest}
+    with context.tracker.run("embed-items", f"embed-items-{config.item_tower.use}", sections, tags) as run:
+        snapshot, totals = _publish(context, tower, plan, run.run_id)
+        result = _report(snapshot, plan, totals, time.perf_counter() - started)
+        run.tags({"snapshot": snapshot.id})
+        run.metrics({name: value for name, value in result.items() if isinstance(value, int | float)})
+        return result
 
 
-def _report(snapshot: Snapshot, plan: EmbeddingPlan, files: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _publish(context: Context, tower: TowerInForce, plan: EmbeddingPlan, run_id: str) -> tuple[Snapshot, Totals]:
+    config, limits = context.config, context.config.gates
+    started, totals = time.perf_counter(), Totals()
+    if plan.embedded:
+        totals = _embed_missing(context, tower, plan, run_id)
+    way_out = "Raise encoder.max_length, shorten the texts, or raise gates.max_truncated"
+    truncated = pass_gate("truncated", totals.truncated / max(1, totals.texts), limits.max_truncated, way_out)
+    places, quarantine = _left_out(plan, totals)
+    snapshot = create_snapshot(
+        context.store,
+        tower.fingerprint,
+        snapshot_items(plan.scan, places),
+        quarantine,
+        dtype=config.embed.output_dtype,
+        dim=tower.dim,
+        limits=limits,
+        gates={
+            "failed": len(places) / max(1, len(plan.scan.keys)),
+            "truncated": truncated,
+            "agreement": totals.agreement,
+        },
+        facts={
+            "embedded": plan.embedded,
+            "reused": plan.reused,
+            "tokens_per_second": totals.tokens / (time.perf_counter() - started) if plan.embedded else None,
+            "dataset": context.dataset_record.digest,
+            "code_version": context.code,
+            "run_id": run_id,
+        },
+    )
+    return snapshot, totals
+
+
+def _report(snapshot: Snapshot, plan: EmbeddingPlan, totals: Totals, seconds: float) -> dict[str, Any]:
     return {
         "snapshot": snapshot.id,
         "fingerprint": snapshot.fingerprint,
         "items": snapshot.items,
-        "embedded": plan.embedded,
+        "embedded": plan.embedded - len(totals.failed),
         "reused": plan.reused,
         "removed": snapshot.removed,
         "quarantined": snapshot.quarantined,
-        "tokens": sum(file["tokens"] for file in files),
-        "truncated": sum(file["truncated"] for file in files),
+        "tokens": totals.tokens,
+        "truncated": totals.truncated,
+        "padding_waste": round(1 - totals.tokens / totals.padded, 4) if totals.padded else 0.0,
         "seconds": round(seconds, 3),
         "items_per_second": round(plan.embedded / seconds, 1),
+        "tokens_per_second": round(totals.tokens / seconds, 1),
     }

@@ -127,6 +127,7 @@ def run(context: Context) -> dict[str, Any]:
             created_at=created_at,
             name=NAME,
             fingerprint=made,
+            dim=step.encoder.dim,
             output_dtype=config.embed.output_dtype,
             inputs=inputs,
             base=config.encoder.model,

@@ -1,14 +1,7 @@
-"""The item-embedding cache: what is there, what is missing, commits, snapshots, and reading one (DESIGN 6).
-
-Vectors lie in a Delta table, content-addressed: (fingerprint, key) -> embedding. A snapshot is an immutable
-map item_id -> key under one fingerprint. Shapes: N items of a snapshot, D item vector.
-"""
+"""The item-embedding cache: plan, publish a snapshot (an immutable map item_id -> key), open one (DESIGN 6)."""
 
 from __future__ import annotations
 
-import json
-import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +10,31 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable, Schema
-from deltalake.exceptions import DeltaError
-from deltalake.transaction import AddAction
 from numpy.typing import NDArray
 
-from pipeline.files import fsync_path, new_folder, next_created_at, record_id, write_record
+from pipeline.catalog import CatalogScan
+from pipeline.embeddings import decode_keys, encode_keys, read_keys
+from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.gates import GateConfig, check_collapse
+from pipeline.matrix import ItemMatrix, build_matrix, load_matrix, map_matrix
 from pipeline.store import Store
 from schemas import tables
-from schemas.errors import EmbeddingError, FingerprintMismatchError, StoreError
+from schemas.errors import FingerprintMismatchError, StoreError
 from schemas.hashing import Digest
 from schemas.records import Snapshot
+
+_ATTEMPTS = 5  # to publish between the commits of others
 
 
 @dataclass(frozen=True)
 class EmbeddingPlan:
-    """What a run has to do. keys: of every wanted item, in item order; missing: rows of one item per key
-    that has no vector yet, in item order."""
+    """What a run has to do. missing: places in the scan, one item for each key that has no vector yet;
+    refused: places of items whose text failed before, with the reason of each."""
 
     fingerprint: str
-    item_ids: list[str]
-    keys: list[bytes]
-    missing: list[int]
+    scan: CatalogScan
+    missing: NDArray[np.int64]
+    refused: dict[int, str]
 
     @property
     def embedded(self) -> int:
@@ -48,27 +44,7 @@ class EmbeddingPlan:
     @property
     def reused(self) -> int:
         """Items whose vector is there, or comes with another item of the same text."""
-        return len(self.keys) - len(self.missing)
-
-
-@dataclass(frozen=True)
-class ItemMatrix:
-    """One open snapshot. Row numbers mean nothing outside of it.
-
-    item_ids: N, sorted; vectors: [N, D] in the stored dtype, not normalised; groups: int64 [N], items with
-    the same key share a number; available: bool [N].
-    """
-
-    record: Snapshot
-    item_ids: list[str]
-    vectors: NDArray[np.floating]
-    groups: NDArray[np.int64]
-    available: NDArray[np.bool_]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the item tower that made the vectors."""
-        return self.record.fingerprint
+        return len(self.scan.keys) - len(self.missing) - len(self.refused)
 
 
 def require_fingerprint(snapshot: Snapshot, expected: str | None, reader: str) -> None:
@@ -83,242 +59,169 @@ def require_fingerprint(snapshot: Snapshot, expected: str | None, reader: str) -
         )
 
 
-def _open_table(store: Store) -> DeltaTable | None:
-    if not (store.embeddings / "_delta_log").is_dir():
-        return None
-    try:
-        return DeltaTable(store.embeddings)
-    except DeltaError as error:
-        raise StoreError(f"{store.embeddings}: its log cannot be read: {error}") from error
+def _frame(keys: NDArray[np.uint64]) -> pl.DataFrame:
+    return pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
 
 
-def _read(store: Store, fingerprint: str, columns: list[str]) -> pa.Table:
-    """Rows of one fingerprint, page checksums verified. Raises StoreError for a damaged or missing file."""
-    table = _open_table(store)
-    wanted = pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
-    if table is None:
-        return wanted.empty_table()
-    parts = [wanted.empty_table()]
-    for uri in table.file_uris(partition_filters=[(tables.FINGERPRINT, "=", fingerprint)]):
-        try:
-            part = pq.read_table(
-                uri.removeprefix("file://"),
-                columns=columns,
-                page_checksum_verification=True,
-                partitioning=None,
-            )
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"embedding file {uri} is damaged or missing: {error}; restore it") from error
-        parts.append(tables.check(part, wanted, uri))
-    return pa.concat_tables(parts)
+def plan_embedding(store: Store, fingerprint: str, scan: CatalogScan, failed: dict[bytes, str]) -> EmbeddingPlan:
+    """Which texts have no vector under this fingerprint.
 
-
-def plan_embedding(store: Store, fingerprint: str, item_ids: list[str], keys: list[bytes]) -> EmbeddingPlan:
-    """Which texts have no vector under this fingerprint. item_ids must be sorted; keys in the same order."""
-    seen = set(_read(store, fingerprint, [tables.KEY]).column(tables.KEY).to_pylist())
-    missing = []
-    for row, key in enumerate(keys):
-        if key not in seen:
-            seen.add(key)
-            missing.append(row)
-    return EmbeddingPlan(fingerprint, item_ids, keys, missing)
-
-
-def write_embedding_file(root: Path, fingerprint: str, run_id: str, rows: pa.Table) -> dict[str, Any]:
-    """Write one uncommitted Parquet file into the table's folder; called by workers.
-
-    rows: key, embedding, n_tokens, truncated. Returns what ``commit_files`` needs to know about it.
+    failed: keys that are not to be tried again, with the reason (``remembered_failures``).
     """
-    count = rows.num_rows
-    full = rows.append_column(tables.CREATED_AT, pa.array([time.time_ns() // 1_000_000] * count, pa.int64()))
-    full = full.append_column(tables.RUN_ID, pa.array([run_id] * count, pa.string()))
-    relative = f"{tables.FINGERPRINT}={fingerprint}/part-{uuid.uuid4().hex}.parquet"
-    path = root / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checked = tables.check(full, tables.EMBEDDINGS, relative)
-    try:  # vectors do not compress
-        pq.write_table(checked, path, write_page_checksum=True, use_dictionary=False, compression="none")
-        fsync_path(path)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
-    return {
-        "path": relative,
-        "size": path.stat().st_size,
-        "rows": count,
-        "tokens": int(np.sum(rows.column(tables.N_TOKENS).to_numpy())),
-        "truncated": int(np.sum(rows.column(tables.TRUNCATED).to_numpy())),
-    }
-
-
-def commit_files(store: Store, fingerprint: str, files: list[dict[str, Any]]) -> None:
-    """Make worker-written files part of the table, in one transaction, flushed to the disk.
-
-    Raises StoreError when a file is missing, short, or of another schema; then nothing is committed.
-    """
-    delta_schema = Schema.from_arrow(tables.EMBEDDINGS.append(pa.field(tables.FINGERPRINT, pa.string(), False)))
-    for file in files:
-        path = store.embeddings / file["path"]
-        try:
-            found = pq.ParquetFile(path)
-            whole = found.metadata.num_rows == file["rows"] and path.stat().st_size == file["size"]
-            if not whole or not found.schema_arrow.equals(tables.EMBEDDINGS):
-                raise StoreError(f"{path} is not what its worker reported; nothing was committed, run again")
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{path} cannot be read back: {error}; nothing was committed, run again") from error
-    actions = [
-        AddAction(
-            path=file["path"],
-            size=file["size"],
-            partition_values={tables.FINGERPRINT: fingerprint},
-            modification_time=time.time_ns() // 1_000_000,
-            data_change=True,
-            stats=json.dumps({"numRecords": file["rows"]}),
-        )
-        for file in files
-    ]
-    DeltaTable.create(store.embeddings, schema=delta_schema, mode="ignore", partition_by=[tables.FINGERPRINT])
-    DeltaTable(store.embeddings).create_write_transaction(
-        actions, mode="append", schema=delta_schema, partition_by=[tables.FINGERPRINT]
+    known = _frame(read_keys(store.embeddings.files(fingerprint)))
+    absent = (
+        _frame(scan.keys)
+        .with_row_index("place")
+        .join(known, on=["low", "high"], how="anti")
+        .select(pl.col("place").cast(pl.Int64), first=pl.struct("low", "high").is_first_distinct())
+        .sort("place")
     )
-    log = store.embeddings / "_delta_log"
-    for entry in log.glob("*.json"):
-        fsync_path(entry)
-    fsync_path(log)
-    fsync_path(store.embeddings)
+    refused = {}
+    if failed:
+        reasons = ((int(row), failed.get(scan.keys[row].tobytes())) for row in absent["place"].to_numpy())
+        refused = {row: reason for row, reason in reasons if reason is not None}
+    missing = absent.filter("first")["place"].to_numpy()
+    missing = missing[~np.isin(missing, list(refused))]
+    return EmbeddingPlan(fingerprint, scan, missing, refused)
 
 
 def content_digest(fingerprint: str, items: pa.Table) -> str:
     """Digest of the fingerprint and the sorted (item_id, key, available) rows; 32 hexadecimal characters."""
-    digest = Digest().add(fingerprint)
-    for item_id in items.column(tables.ITEM_ID).to_pylist():
-        digest.add(item_id)
-    digest.add(b"".join(items.column(tables.KEY).to_pylist()))
+    ids = items.column(tables.ITEM_ID).combine_chunks().cast(pa.large_string())
+    offsets = np.frombuffer(ids.buffers()[1], dtype=np.int64)[ids.offset : ids.offset + len(ids) + 1]
+    data = np.frombuffer(ids.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
+    digest = Digest().add(fingerprint).add(np.diff(offsets).astype("<i8").data).add(data.data)
+    digest.add(np.ascontiguousarray(decode_keys(items.column(tables.KEY))).data)
     digest.add(items.column(tables.AVAILABLE).to_numpy().astype(np.uint8).data)
     return digest.hexdigest()
 
 
-def _decode(column: pa.ChunkedArray, dtype: str, dim: int, source: str) -> NDArray[np.floating]:
-    """[rows, dim] from the little-endian bytes of each cell, without a Python loop over rows."""
-    width = np.dtype(dtype).itemsize * dim
-    parts = [np.zeros((0, dim), dtype=dtype)]
-    for chunk in column.chunks:
-        offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-        if (np.diff(offsets) != width).any():
-            raise StoreError(f"{source}: vectors are not {width} bytes ({dim} x {dtype}); restore the table")
-        data = np.frombuffer(chunk.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
-        parts.append(data.view(np.dtype(dtype).newbyteorder("<")).reshape(-1, dim))
-    return np.concatenate(parts)
+def snapshot_items(scan: CatalogScan, left_out: set[int]) -> pa.Table:
+    """The rows of a snapshot: every item of the scan but those at the places left out."""
+    items = pa.table([scan.item_ids, encode_keys(scan.keys), scan.available], schema=tables.SNAPSHOT_ITEMS)
+    if not left_out:
+        return items
+    kept = np.ones(items.num_rows, dtype=bool)
+    kept[list(left_out)] = False
+    return items.filter(pa.array(kept))
 
 
-def _vectors_for(store: Store, fingerprint: str, keys: pa.Array, dtype: str, dim: int) -> NDArray[np.floating]:
-    """[len(keys), dim]; of several rows with one key the smallest (created_at, run_id) wins."""
-    columns = [tables.KEY, tables.EMBEDDING, tables.CREATED_AT, tables.RUN_ID]
-    rows = _read(store, fingerprint, columns)
-    vectors = _decode(rows.column(tables.EMBEDDING), dtype, dim, str(store.embeddings))
-    first = (
-        pl.DataFrame(rows.drop_columns([tables.EMBEDDING]))
-        .with_row_index("place")
-        .sort(tables.CREATED_AT, tables.RUN_ID, "place")
-        .unique(tables.KEY, keep="first", maintain_order=True)
-    )
-    wanted = pl.DataFrame({tables.KEY: keys}).join(first, on=tables.KEY, how="left", maintain_order="left")
-    absent = wanted["place"].null_count()
-    if absent:
-        raise StoreError(
-            f"{absent} of {len(keys)} vectors of item tower {fingerprint} are missing from "
-            f"{store.embeddings}; restore it, or run embed-items again"
-        )
-    return vectors[wanted["place"].to_numpy()]
-
-
-def find_snapshot(store: Store, plan: EmbeddingPlan, items: pa.Table) -> Snapshot | None:
-    """The newest snapshot of the plan's fingerprint if it has this content; else None."""
-    newest = store.newest(Snapshot, fingerprint=plan.fingerprint)
-    same = newest is not None and newest.content_digest == content_digest(plan.fingerprint, items)
+def find_snapshot(store: Store, fingerprint: str, items: pa.Table) -> Snapshot | None:
+    """The newest snapshot of an item tower if it has this content; else None."""
+    newest = store.newest(Snapshot, fingerprint=fingerprint)
+    same = newest is not None and newest.content_digest == content_digest(fingerprint, items)
     return newest if same else None
-
-
-def snapshot_items(plan: EmbeddingPlan, available: NDArray[np.bool_]) -> pa.Table:
-    """The rows of the plan's snapshot; available: bool, in the plan's item order."""
-    return pa.table([plan.item_ids, plan.keys, available], schema=tables.SNAPSHOT_ITEMS)
 
 
 def create_snapshot(
     store: Store,
-    plan: EmbeddingPlan,
+    fingerprint: str,
     items: pa.Table,
+    quarantine: pa.Table,
     *,
     dtype: str,
     dim: int,
-    dataset: str,
-    quarantined: list[str],
-    code_version: str,
-    run_id: str,
+    limits: GateConfig,
+    gates: dict[str, float],
+    facts: dict[str, Any],
 ) -> Snapshot:
-    """Publish the snapshot of a plan whose vectors are all committed.
+    """Publish a snapshot whose vectors are all committed; a rerun returns the one that is there.
 
-    items: of ``snapshot_items``; quarantined: ids left out because they have no text. A rerun returns the
-    snapshot that is there. Raises StoreError when a vector is missing, EmbeddingError when one is not finite.
+    items: of ``snapshot_items``; quarantine: of ``tables.LEFT_OUT``; gates: what was measured before; facts: the
+    other fields of the record. Raises StoreError when a vector is missing, EmbeddingError when one is not finite
+    or zero, GateError when the vectors have collapsed.
     """
-    existing = find_snapshot(store, plan, items)
+    existing = find_snapshot(store, fingerprint, items)
     if existing is not None:
         return existing
-    vectors = _vectors_for(store, plan.fingerprint, items.column(tables.KEY).combine_chunks(), dtype, dim)
-    if not np.isfinite(vectors).all():
-        raise EmbeddingError(f"vectors of item tower {plan.fingerprint} hold NaN or infinity; no snapshot was made")
-    parent = store.newest(Snapshot, fingerprint=plan.fingerprint)
-    gone: set[str] = set()
-    if parent is not None:
-        gone = set(_read_items(store, parent)[tables.ITEM_ID].to_pylist()) - set(plan.item_ids)
+    parent = store.newest(Snapshot, fingerprint=fingerprint)
+    content = content_digest(fingerprint, items)
     created_at = next_created_at(store.all(Snapshot))
-    content = content_digest(plan.fingerprint, items)
-    record = Snapshot(
-        id=record_id(created_at, content),
-        created_at=created_at,
-        fingerprint=plan.fingerprint,
-        parent=parent.id if parent else None,
-        content_digest=content,
-        vectors_digest=Digest().add(np.ascontiguousarray(vectors).data).hexdigest(),
-        dim=dim,
-        dtype=dtype,
-        items=len(plan.item_ids),
-        embedded=plan.embedded,
-        reused=plan.reused,
-        removed=len(gone),
-        quarantined=len(quarantined),
-        dataset=dataset,
-        code_version=code_version,
-        run_id=run_id,
-    )
-    with new_folder(store.folder(record)) as folder:
+    name = record_id(created_at, content)
+    with new_folder(store.parent(Snapshot) / name) as folder:
+        # written before the vectors are looked for: a clean-up counts the keys of what is about to be published
         pq.write_table(items, folder / "items.parquet", write_page_checksum=True)
-        left_out = pa.table({tables.ITEM_ID: pa.array(quarantined, pa.string())})
-        reasons = pa.array(["no text in the template's fields"] * len(quarantined), pa.string())
-        pq.write_table(left_out.append_column(tables.REASON, reasons), folder / "quarantine.parquet")
+        pq.write_table(quarantine, folder / "quarantine.parquet", write_page_checksum=True)
+        keys = decode_keys(items.column(tables.KEY))
+        digest = _sealed_matrix(store, fingerprint, keys, dtype, dim)
+        vectors = map_matrix(store.matrix_file(digest), dtype, (len(keys), dim))
+        record = Snapshot(
+            id=name,
+            created_at=created_at,
+            fingerprint=fingerprint,
+            parent=parent.id if parent else None,
+            content_digest=content,
+            vectors_digest=digest,
+            dim=dim,
+            dtype=dtype,
+            items=items.num_rows,
+            removed=0 if parent is None else _count_removed(store, parent, items),
+            quarantined=quarantine.num_rows,
+            gates=gates | {"collapsed": check_collapse(vectors, keys, limits)},
+            **facts,
+        )
         write_record(folder, record)
     return record
 
 
-def _read_items(store: Store, record: Snapshot) -> pa.Table:
-    path = store.folder(record) / "items.parquet"
+def _sealed_matrix(store: Store, fingerprint: str, keys: NDArray[np.uint64], dtype: str, dim: int) -> str:
+    """``build_matrix``, and certain that no clean-up took one of its vectors meanwhile. Returns the digest."""
+    for _ in range(_ATTEMPTS):
+        version = store.embeddings.version()
+        digest = build_matrix(store, fingerprint, keys, dtype, dim, check=True)
+        if store.embeddings.seal(version):
+            return digest
+    raise StoreError(f"{store.embeddings.root} was committed to by others all the time; run embed-items again")
+
+
+def _count_removed(store: Store, parent: Snapshot, items: pa.Table) -> int:
+    before, now = (pl.DataFrame(table.select([tables.ITEM_ID])) for table in (read_items(store, parent), items))
+    return before.join(now, on=tables.ITEM_ID, how="anti").height
+
+
+def _read_checked(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        items = pq.read_table(path, page_checksum_verification=True)
+        found = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path} is damaged or missing: {error}; restore it, or remove the snapshot") from error
-    return tables.check(items, tables.SNAPSHOT_ITEMS, str(path))
+    return tables.check(found, schema, str(path))
+
+
+def read_items(store: Store, record: Snapshot) -> pa.Table:
+    """item_id, key, available of a snapshot, checked against its digest. Raises StoreError when they differ."""
+    path = store.folder(record) / "items.parquet"
+    items = _read_checked(path, tables.SNAPSHOT_ITEMS)
+    if content_digest(record.fingerprint, items) != record.content_digest:
+        raise StoreError(f"{path}: items do not match their digest; restore the snapshot")
+    return items
+
+
+def remembered_failures(store: Store, fingerprint: str) -> dict[bytes, str]:
+    """Keys that the newest snapshot of an item tower left out because they failed twice, with the reasons."""
+    newest = store.newest(Snapshot, fingerprint=fingerprint)
+    if newest is None:
+        return {}
+    left_out = _read_checked(store.folder(newest) / "quarantine.parquet", tables.LEFT_OUT)
+    rows = zip(left_out.column(tables.KEY).to_pylist(), left_out.column(tables.REASON).to_pylist(), strict=True)
+    return {key: reason for key, reason in rows if key is not None}
 
 
 def open_snapshot(store: Store, record: Snapshot) -> ItemMatrix:
-    """Read one snapshot whole and check it against its digests. Raises StoreError when they differ."""
-    items = _read_items(store, record)
-    if content_digest(record.fingerprint, items) != record.content_digest:
-        raise StoreError(f"{store.folder(record)}: items do not match their digest; restore the snapshot")
-    keys = items.column(tables.KEY).combine_chunks()
-    vectors = _vectors_for(store, record.fingerprint, keys, record.dtype, record.dim)
-    if Digest().add(np.ascontiguousarray(vectors).data).hexdigest() != record.vectors_digest:
-        raise StoreError(f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings}")
-    groups = keys.dictionary_encode().indices.to_numpy().astype(np.int64)
+    """Open one snapshot, checked against its digests. Raises StoreError when they differ or vectors are lost.
+
+    The second opening on one machine maps the file that the first one wrote.
+    """
+    items = read_items(store, record)
+    keys = decode_keys(items.column(tables.KEY))
+    shape = (record.items, record.dim)
+    vectors = load_matrix(store.matrix_file(record.vectors_digest), record.dtype, shape, record.vectors_digest)
+    if vectors is None:
+        found = build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=False)
+        if found != record.vectors_digest:
+            store.matrix_file(found).unlink(missing_ok=True)
+            raise StoreError(
+                f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings.root}"
+            )
+        vectors = map_matrix(store.matrix_file(found), record.dtype, shape)
     available = items.column(tables.AVAILABLE).to_numpy()
-    return ItemMatrix(record, items.column(tables.ITEM_ID).to_pylist(), vectors, groups, available)
+    return ItemMatrix(record, items.column(tables.ITEM_ID).combine_chunks(), vectors, keys, available)

@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.catalog import SLICE_ROWS
 from pipeline.files import new_folder, next_created_at, record_id, write_record
 from pipeline.ingest import CleanTables, to_arrow
 from pipeline.store import Store
@@ -71,7 +72,7 @@ def write_dataset(store: Store, name: str, clean: CleanTables) -> tuple[Dataset,
         watermark=int(clean.interactions[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
     )
     with new_folder(store.folder(record)) as folder:
-        pq.write_table(to_arrow(clean.items), folder / "items.parquet")
+        pq.write_table(to_arrow(clean.items), folder / "items.parquet", row_group_size=SLICE_ROWS)
         events = tables.check(to_arrow(clean.interactions), tables.INTERACTIONS, "interactions")
         pq.write_table(events, folder / "interactions.parquet")
         rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")

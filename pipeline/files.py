@@ -81,6 +81,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Take a folder's name away first, so that no reader finds half of it."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def sweep(parent: Path, oldest: int) -> None:
+    """Remove what killed runs left aside under ``parent`` before ``oldest`` (milliseconds)."""
+    for path in parent.glob(".*"):
+        if path.stat().st_mtime * 1000 <= oldest:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def write_record(folder: Path, record: Record) -> None:
     """Write ``record.json`` of a folder; without it the folder's contents do not exist."""
     write_file(folder / "record.json", record.model_dump_json(indent=1).encode())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.files import read_record, records
+from pipeline.embeddings import EmbeddingTable
+from pipeline.files import read_record, records, remove_folder, sweep
 from schemas.errors import NotFoundError
 from schemas.records import Dataset, Index, ItemTower, Record, Snapshot, UserTower
 
@@ -34,9 +35,18 @@ class Store:
         self.root = root
 
     @property
-    def embeddings(self) -> Path:
-        """The Delta table of all embeddings."""
-        return self.root / "item_embeddings"
+    def embeddings(self) -> EmbeddingTable:
+        """The table of all item vectors."""
+        return EmbeddingTable(self.root / "item_embeddings")
+
+    @property
+    def matrices(self) -> Path:
+        """Where the local arrays of snapshots lie; a cache that can be deleted at any time."""
+        return self.root / "matrices"
+
+    def matrix_file(self, digest: str) -> Path:
+        """The local array with that digest."""
+        return self.matrices / f"{digest}.bin"
 
     def folder(self, record: Record) -> Path:
         """Where the files of a record lie."""
@@ -45,6 +55,15 @@ class Store:
     def parent(self, kind: type[Record]) -> Path:
         """Where all records of a kind lie."""
         return self.root / FOLDERS[kind]
+
+    def remove(self, record: Record) -> None:
+        """Take a record and its files away; who has them open keeps them."""
+        remove_folder(self.folder(record))
+
+    def sweep(self, oldest: int) -> None:
+        """Remove what killed runs left unfinished before ``oldest`` (milliseconds)."""
+        for parent in [*(self.parent(kind) for kind in FOLDERS), self.matrices]:
+            sweep(parent, oldest)
 
     def all(self, kind: type[R], **wanted: object) -> list[R]:
         """Records of a kind whose fields have the wanted values, oldest first."""

@@ -40,6 +40,10 @@ class EmbeddingError(PipelineError):
     """The item tower produced something that must not be stored (NaN, overflow, a zero vector)."""
 
 
+class GateError(PipelineError):
+    """A figure of tonight's output is outside its limit; nothing was published."""
+
+
 class TrainingError(PipelineError):
     """A training cannot go on."""
 

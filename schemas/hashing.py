@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 DIGEST_BYTES = 16
+BLOCK_BYTES = 1 << 23
 
 
 def _prefixed(parts: Iterable[bytes]) -> bytes:
@@ -46,3 +49,15 @@ class Digest:
     def hexdigest(self) -> str:
         """32 hexadecimal characters."""
         return self._state.hexdigest()
+
+
+def block_digest(array: Any) -> str:
+    """BLAKE2b-128 over the BLAKE2b-128 of each 8 MiB of a contiguous array; 32 hexadecimal characters.
+
+    As safe as one hash over all of it, and as fast as there are cores.
+    """
+    data = memoryview(array).cast("B") if array.size else memoryview(b"")
+    blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
+        digests = list(pool.map(lambda block: hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest(), blocks))
+    return hash_bytes(len(data).to_bytes(8, "little"), *digests).hex()

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 
 
 class Record(BaseModel):
@@ -38,6 +38,7 @@ class ItemTower(Record):
 
     name: str
     fingerprint: str
+    dim: int  # D of its vectors
     output_dtype: str  # of the cached vectors for which ``fingerprint`` was taken
     inputs: str  # hash of everything that decided the weights
     base: str  # the model that it was tuned from
@@ -65,6 +66,8 @@ class Snapshot(Record):
     reused: int
     removed: int
     quarantined: int
+    gates: dict[str, float]  # what the gates measured
+    tokens_per_second: float | None  # of the run that made it; None: nothing was embedded
     dataset: str
     code_version: str
     run_id: str

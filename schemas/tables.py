@@ -56,7 +56,7 @@ QUARANTINE = pa.schema(
         pa.field(RAW, pa.string(), nullable=False),
     ]
 )
-# the file columns of the Delta table: FINGERPRINT is its partition and lives in the path
+# the file columns of the Delta table; its partitions FINGERPRINT and FILE live in the log
 EMBEDDINGS = pa.schema(
     [
         pa.field(KEY, pa.binary(), nullable=False),
@@ -72,6 +72,14 @@ SNAPSHOT_ITEMS = pa.schema(
         pa.field(ITEM_ID, pa.string(), nullable=False),
         pa.field(KEY, pa.binary(), nullable=False),
         pa.field(AVAILABLE, pa.bool_(), nullable=False),
+    ]
+)
+# items of the catalog that a snapshot leaves out; without a key: the template gave no text
+LEFT_OUT = pa.schema(
+    [
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field(KEY, pa.binary()),
+        pa.field(REASON, pa.string(), nullable=False),
     ]
 )
 RANKS = pa.schema(

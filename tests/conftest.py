@@ -17,6 +17,8 @@ from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
 from jobs import embed_items
 from jobs.cli import main
+from jobs.embed_worker import PROBE, ROW, EmbedAndWrite, Ledger
+from pipeline.catalog import read_texts
 
 torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
 WORDS = ["red", "blue", "title", "year", "kind", ":", ",", ".", "the", "a", *[str(n) for n in range(60)]]
@@ -199,14 +201,13 @@ def embed_here(monkeypatch) -> list[list[str]]:
     """embed-items without Ray, its worker called in this process. Returns the texts of each call."""
     calls: list[list[str]] = []
 
-    def embed(context, tower, texts, run_id):
-        calls.append(texts.column("text").to_pylist())
-        config = context.config
-        worker = embed_items.EmbedAndWrite(
-            tower.folder, config.encoder, config.template, config.embed, tower.fingerprint,
-            context.store.embeddings, run_id, torch.get_num_threads(),
-        )  # fmt: skip
-        return worker(texts).to_pylist()
+    def embed(order, windows, workers):
+        worker = EmbedAndWrite(order, Ledger())
+        for window in windows:
+            texts = read_texts(order.catalog, worker.encoder.template, window.column(ROW).to_numpy())
+            if not window.column(PROBE)[0].as_py():
+                calls.append(texts.column("text").to_pylist())
+            yield from worker(window).to_pylist()
 
-    monkeypatch.setattr(embed_items, "embed_missing", embed)
+    monkeypatch.setattr(embed_items, "embed_windows", embed)
     return calls

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from item_tower.batching import token_budget_batches
-from item_tower.embed import EmbedConfig, check_vectors, embed_table, encode_texts
+from item_tower.embed import EmbedConfig, as_table, embed_texts, encode_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
-from schemas.errors import ConfigError, EmbeddingError, StoreError
+from schemas.errors import ConfigError, StoreError
 
 TEXTS = ["red 1", "the blue 2, year: 3", "a", "red " * 20, "blue 5 . 6 7", "the the the the red"]
 # Cosine of a bfloat16 vector alone and in a batch: another shape may take another kernel and rounds otherwise.
@@ -120,28 +120,70 @@ def test_batches_hold_the_budget_and_every_row_once():
     assert [len(batch) for batch in token_budget_batches(np.array([300, 1]), 256)] == [1, 1]
 
 
-def test_embed_table_writes_little_endian_bytes(make_encoder):
+def test_embedded_texts_become_little_endian_bytes(make_encoder):
     encoder = make_encoder("bert")
-    texts = pa.table({"key": [b"k" * 16, b"l" * 16], "text": TEXTS[:2]})
-    table = embed_table(encoder, texts, EmbedConfig(output_dtype="float32"))
+    keys = pa.array([b"k" * 16, b"l" * 16])
+    table = as_table(keys, embed_texts(encoder, TEXTS[:2], EmbedConfig(output_dtype="float32")))
     stored = np.stack([np.frombuffer(cell, "<f4") for cell in table.column("embedding").to_pylist()])
     np.testing.assert_array_equal(stored, vectors(encoder, TEXTS[:2]))
+    assert table.column("key").to_pylist() == [b"k" * 16, b"l" * 16]
     assert table.column("n_tokens").to_pylist() == encoder.tokenise(TEXTS[:2]).lengths.tolist()
-    half = embed_table(encoder, texts, EmbedConfig())
+    half = as_table(keys, embed_texts(encoder, TEXTS[:2], EmbedConfig()))
     assert [len(cell) for cell in half.column("embedding").to_pylist()] == [64, 64]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])
-def test_bad_vectors_are_named_by_their_text(bad):
-    rows = np.ones((3, 4), np.float32)
-    rows[1] = bad
-    with (
-        np.errstate(over="ignore"),
-        pytest.raises(EmbeddingError, match=r"1 of 3 vectors .* float16 .*'blue'.*output_dtype"),
-    ):
-        check_vectors(rows.astype(np.float16), ["red", "blue", "green"])
+@pytest.fixture
+def poisoned(make_encoder, monkeypatch):
+    """An encoder for which the numbers 50 to 59 are poison, each in its own way; and the batches it saw."""
+    encoder = make_encoder("bert")
+    number = encoder.tokenizer.convert_tokens_to_ids
+    raises, infinite, huge, zero = (number(str(n)) for n in (50, 51, 52, 53))
+    forward, tokenise, seen = encoder.forward, encoder.tokenise, []
+
+    def model(ids, mask):
+        seen.append(len(ids))
+        if (ids == raises).any():
+            raise RuntimeError("the model\ncannot")
+        found = forward(ids, mask)
+        for bad, value in ((infinite, float("nan")), (huge, 1e6), (zero, 0.0)):
+            found[(ids == bad).any(1)] = value
+        return found
+
+    def split(texts):
+        if any("59" in text for text in texts):
+            raise ValueError("cannot split")
+        return tokenise(texts)
+
+    monkeypatch.setattr(encoder, "forward", model)
+    monkeypatch.setattr(encoder, "tokenise", split)
+    return encoder, seen
 
 
-def test_a_zero_vector_is_bad():
-    with pytest.raises(EmbeddingError, match="are zero, first for the text 'red'"):
-        check_vectors(np.zeros((1, 4), np.float16), ["red"])
+def test_poison_is_found_and_the_rest_is_embedded(poisoned):
+    encoder, _ = poisoned
+    texts = [f"red {n} " + "blue " * (n % 7) for n in range(60)]
+    result = embed_texts(encoder, texts, EmbedConfig(token_budget=128))
+    assert result.failed == {
+        50: "RuntimeError: the model",
+        51: "its vector is zero or not finite in float16",
+        52: "its vector is zero or not finite in float16",
+        53: "its vector is zero or not finite in float16",
+        59: "ValueError: cannot split",
+    }
+    good = [row for row in range(60) if row not in result.failed]
+    assert result.rows.tolist() == good
+    expected = vectors(encoder, [texts[row] for row in good])
+    np.testing.assert_allclose(result.vectors.astype(np.float32), expected, atol=2e-3)
+    assert 53 not in embed_texts(encoder, texts, EmbedConfig(output_dtype="float32"), failed={53: "known"}).rows
+    assert 52 in embed_texts(encoder, texts, EmbedConfig(output_dtype="float32")).rows
+
+
+def test_suspects_are_tried_first_and_by_themselves(poisoned):
+    encoder, _ = poisoned
+    told = []
+    texts = [f"red {n}" for n in range(20)]
+    result = embed_texts(encoder, texts, EmbedConfig(), suspects=[[3, 4], [5]], attempt=told.append)
+    assert told[:2] == [[3, 4], [5]]
+    assert sorted(told[2]) == [n for n in range(20) if n not in (3, 4, 5)]
+    assert result.rows.tolist() == list(range(20))
+    assert result.padded >= int(result.n_tokens.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import polars as pl
 import pytest
@@ -177,6 +178,7 @@ def damage(served, pattern: str) -> None:
 )
 def test_a_damaged_file_of_the_store_is_named(served, pattern, command):
     damage(served, pattern)
+    shutil.rmtree(served.store / "matrices")  # a local copy of the vectors would serve without the table
     error = served.fails(*command)
     assert error["kind"] == "Store"
     assert pattern.split("/")[0] in error["error"]
@@ -211,7 +213,7 @@ def test_what_is_not_known_keeps_its_traceback(workspace, monkeypatch):
     def fail(_):
         raise RuntimeError("a defect of ours")
 
-    monkeypatch.setattr(Context, "dataset", property(fail))
+    monkeypatch.setattr(Context, "dataset_record", property(fail))
     with pytest.raises(RuntimeError, match="a defect of ours"):
         main(["embed-items", "--config", str(workspace.toml)])
 

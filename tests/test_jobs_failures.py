@@ -14,7 +14,7 @@ import pytest
 
 from jobs import embed_items
 from jobs.cli import main
-from pipeline import cache, dataset, evaluate, files, index
+from pipeline import cache, dataset, embeddings, evaluate, files, index
 from user_tower import train
 
 BASE = ("--set", "item_tower.use=base", "--set", "train.epochs=1", "--set", "tune.warmup_epochs=0")
@@ -35,7 +35,7 @@ MOMENTS = [
     ("prepare-data", dataset, "write_record"),
     ("prepare-data", dataset, "data_digest"),
     ("tune-items", train, "info_nce"),
-    ("embed-items", embed_items, "commit_files"),
+    ("embed-items", embeddings.EmbeddingTable, "commit"),
     ("embed-items", cache, "content_digest"),
     ("embed-items", cache, "write_record"),
     ("train-user", train, "info_nce"),

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cache
+from pipeline import embeddings, matrix
 from pipeline.cache import (
-    commit_files,
     create_snapshot,
     open_snapshot,
     plan_embedding,
+    remembered_failures,
     require_fingerprint,
     snapshot_items,
-    write_embedding_file,
 )
+from pipeline.catalog import CatalogScan
+from pipeline.embeddings import stamped, write_embedding_file
+from pipeline.gates import GateConfig
 from pipeline.store import Store
-from schemas.errors import EmbeddingError, FingerprintMismatchError, StoreError
-from schemas.records import Snapshot
+from schemas import tables
+from schemas.errors import EmbeddingError, FingerprintMismatchError, GateError, StoreError
+from schemas.records import STORE_FORMAT, Snapshot
 
 TOWER = "f" * 32
 IDS = ["a", "b", "c", "d"]
-KEYS = [b"k1", b"k2", b"k1", b"k3"]  # a and c have the same text
-VECTORS = {b"k1": [1.0, 2.0], b"k2": [3.0, 4.0], b"k3": [5.0, 6.0]}
+K1, K2, K3 = (bytes([n]) * 16 for n in (1, 2, 3))
+KEYS = [K1, K2, K1, K3]  # a and c have the same text
+VECTORS = {K1: [1.0, 2.0], K2: [3.0, 4.0], K3: [5.0, -6.0]}
+FACTS = {
+    "embedded": 0, "reused": 0, "tokens_per_second": None, "dataset": "data", "code_version": "0", "run_id": "run"
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -41,41 +50,89 @@ def write(store: Store, vectors: dict[bytes, list[float]], run_id: str = "run", 
             "truncated": pa.array([False] * len(vectors)),
         }
     )
-    return write_embedding_file(store.embeddings, TOWER, run_id, rows)
+    return write_embedding_file(store.embeddings.root, TOWER, stamped(rows, run_id))
 
 
-def publish(store: Store, ids: list[str] = IDS, keys: list[bytes] = KEYS, available=None) -> Snapshot:
-    plan = plan_embedding(store, TOWER, ids, keys)
-    items = snapshot_items(plan, np.ones(len(ids), bool) if available is None else np.array(available))
+def scan(ids: list[str] = IDS, keys: list[bytes] = KEYS, available=None) -> CatalogScan:
+    return CatalogScan(
+        item_ids=pa.array(ids, pa.string()),
+        keys=np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2),
+        available=np.ones(len(ids), bool) if available is None else np.array(available),
+        rows=np.arange(len(ids)),
+        empty=[],
+    )
+
+
+def plan(store: Store, tower: str = TOWER, failed: dict[bytes, str] | None = None):
+    return plan_embedding(store, tower, scan(), failed or {})
+
+
+def publish(store: Store, ids=IDS, keys=KEYS, available=None, quarantine=None) -> Snapshot:
     return create_snapshot(
-        store, plan, items, dtype="float16", dim=2, dataset="data", quarantined=[], code_version="0", run_id="run"
+        store,
+        TOWER,
+        snapshot_items(scan(ids, keys, available), set()),
+        tables.LEFT_OUT.empty_table() if quarantine is None else quarantine,
+        dtype="float16",
+        dim=2,
+        limits=GateConfig(),
+        gates={},
+        facts=FACTS,
     )
 
 
 def test_a_snapshot_comes_back_as_it_was_written(store):
-    plan = plan_embedding(store, TOWER, IDS, KEYS)
-    assert plan.missing == [0, 1, 3]
-    assert (plan.embedded, plan.reused) == (3, 1)
-    commit_files(store, TOWER, [write(store, {b"k1": [1, 2], b"k3": [5, 6]}), write(store, {b"k2": [3, 4]})])
+    planned = plan(store)
+    assert planned.missing.tolist() == [0, 1, 3]
+    assert (planned.embedded, planned.reused) == (3, 1)
+    store.embeddings.commit(TOWER, [write(store, {K1: [1, 2], K3: [5, -6]}), write(store, {K2: [3, 4]})])
     record = publish(store, available=[True, False, True, True])
-    matrix = open_snapshot(store, record)
-    assert matrix.item_ids == IDS
-    assert matrix.vectors.dtype == np.float16
-    assert matrix.vectors.tolist() == [VECTORS[key] for key in KEYS]
-    assert matrix.available.tolist() == [True, False, True, True]
-    assert matrix.groups[0] == matrix.groups[2]
-    assert len(set(matrix.groups)) == 3
-    assert matrix.fingerprint == TOWER
-    assert plan_embedding(store, TOWER, IDS, KEYS).missing == []
+    for _ in range(2):  # built from the table, then mapped
+        opened = open_snapshot(store, record)
+        assert opened.item_ids == IDS
+        assert opened.vectors.dtype == np.float16
+        assert opened.vectors.tolist() == [VECTORS[key] for key in KEYS]
+        assert opened.available.tolist() == [True, False, True, True]
+        assert opened.groups[0] == opened.groups[2]
+        assert sorted(set(opened.groups)) == [0, 1, 2]
+        assert opened.fingerprint == TOWER
+        with pytest.raises(ValueError, match="read-only"):
+            opened.vectors[0] = 0
+    assert plan(store).missing.tolist() == []
+
+
+def test_the_second_opening_reads_no_table_and_a_damaged_local_file_is_built_again(store, monkeypatch):
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
+    record = publish(store)
+    local = store.matrix_file(record.vectors_digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix, "read_file", None)
+        assert isinstance(open_snapshot(store, record).vectors, np.memmap)
+    for damage in (b"", b"x" * local.stat().st_size):
+        local.write_bytes(damage)
+        assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
+    shutil.rmtree(store.matrices)
+    assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
 
 
 def test_another_tower_reuses_nothing(store):
-    commit_files(store, TOWER, [write(store, VECTORS)])
-    assert plan_embedding(store, "e" * 32, IDS, KEYS).missing == [0, 1, 3]
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
+    assert plan(store, "e" * 32).missing.tolist() == [0, 1, 3]
+
+
+def test_a_text_that_failed_is_not_tried_again(store):
+    store.embeddings.commit(TOWER, [write(store, {K2: [3, 4]})])
+    planned = plan(store, failed={K1: "NaN", K2: "old"})
+    assert (planned.missing.tolist(), planned.refused, planned.reused) == ([3], {0: "NaN", 2: "NaN"}, 1)
+    left = pa.table([["c", "x"], pa.array([K1, None], pa.binary()), ["NaN", "no text"]], schema=tables.LEFT_OUT)
+    record = publish(store, ["b"], [K2], quarantine=left)
+    assert record.quarantined == 2
+    assert remembered_failures(store, TOWER) == {K1: "NaN"}
+    assert remembered_failures(store, "e" * 32) == {}
 
 
 def test_the_same_content_is_the_same_snapshot_and_a_change_is_its_child(store):
-    commit_files(store, TOWER, [write(store, VECTORS)])
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
     first = publish(store)
     assert publish(store) == first
     second = publish(store, ["a", "b", "c"], KEYS[:3])
@@ -89,42 +146,43 @@ def test_of_two_rows_of_one_key_the_earlier_run_wins_everywhere(store, monkeypat
     late, early = {key: [9.0, 9.0] for key in VECTORS}, VECTORS
     files = []
     for vectors, at, run_id in [(late, 2_000, "a"), (early, 1_000, "b"), (late, 1_000, "c")]:
-        monkeypatch.setattr(cache.time, "time_ns", lambda at=at: at * 1_000_000)
+        monkeypatch.setattr(embeddings.time, "time_ns", lambda at=at: at * 1_000_000)
         files.append(write(store, vectors, run_id))
-    commit_files(store, TOWER, files)
+    store.embeddings.commit(TOWER, files)
     assert open_snapshot(store, publish(store)).vectors.tolist() == [VECTORS[key] for key in KEYS]
 
 
 @pytest.mark.parametrize("damage", ["short", "gone", "foreign"])
 def test_a_file_that_is_not_what_its_worker_reported_commits_nothing(store, damage):
     info = write(store, VECTORS)
-    path = store.embeddings / info["path"]
+    path = store.embeddings.root / info["path"]
     if damage == "short":
         path.write_bytes(path.read_bytes()[:-20])
     elif damage == "gone":
         path.unlink()
     else:
-        pq.write_table(pa.table({"key": [b"k1"] * 3}), path)
+        pq.write_table(pa.table({"key": [K1] * 3}), path)
     with pytest.raises(StoreError, match="nothing was committed"):
-        commit_files(store, TOWER, [info])
-    assert plan_embedding(store, TOWER, IDS, KEYS).embedded == 3
+        store.embeddings.commit(TOWER, [info])
+    assert plan(store).embedded == 3
 
 
 def test_no_snapshot_without_every_vector_or_with_a_bad_one(store):
-    commit_files(store, TOWER, [write(store, {b"k1": [1, 2]})])
+    store.embeddings.commit(TOWER, [write(store, {K1: [1, 2]})])
     with pytest.raises(StoreError, match="2 of 4 vectors"):
         publish(store)
-    commit_files(store, TOWER, [write(store, {b"k2": [3, float("inf")], b"k3": [5, 6]})])
-    with pytest.raises(EmbeddingError, match="NaN or infinity"):
+    store.embeddings.commit(TOWER, [write(store, {K2: [3, float("inf")], K3: [5, 6]})])
+    with pytest.raises(EmbeddingError, match="not finite"):
         publish(store)
     assert store.all(Snapshot) == []
 
 
 def test_a_flipped_bit_in_a_vector_is_noticed(store):
     info = write(store, VECTORS)
-    commit_files(store, TOWER, [info])
+    store.embeddings.commit(TOWER, [info])
     record = publish(store)
-    path = store.embeddings / info["path"]
+    shutil.rmtree(store.matrices)
+    path = store.embeddings.root / info["path"]
     data = bytearray(path.read_bytes())
     place = data.index(np.array([3.0, 4.0], "<f2").tobytes())
     data[place] ^= 1
@@ -134,13 +192,13 @@ def test_a_flipped_bit_in_a_vector_is_noticed(store):
 
 
 def test_vectors_of_another_width_are_noticed(store):
-    commit_files(store, TOWER, [write(store, VECTORS, dtype="<f4")])
-    with pytest.raises(StoreError, match="not 4 bytes"):
+    store.embeddings.commit(TOWER, [write(store, VECTORS, dtype="<f4")])
+    with pytest.raises(StoreError, match="not 4 bytes wide"):
         publish(store)
 
 
 def test_changed_or_damaged_items_are_noticed(store):
-    commit_files(store, TOWER, [write(store, VECTORS)])
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
     record = publish(store)
     path = store.folder(record) / "items.parquet"
     items = pq.read_table(path)
@@ -153,7 +211,7 @@ def test_changed_or_damaged_items_are_noticed(store):
 
 
 def test_vectors_that_are_other_ones_now_are_noticed(store):
-    commit_files(store, TOWER, [write(store, VECTORS)])
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
     record = publish(store)
     changed = record.model_copy(update={"vectors_digest": "0" * 32})
     with pytest.raises(StoreError, match="vectors do not match"):
@@ -161,9 +219,71 @@ def test_vectors_that_are_other_ones_now_are_noticed(store):
 
 
 def test_two_towers_are_named_when_they_do_not_pair(store):
-    commit_files(store, TOWER, [write(store, VECTORS)])
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
     record = publish(store)
     require_fingerprint(record, TOWER, "reader")
     require_fingerprint(record, None, "a reader of ids")
     with pytest.raises(FingerprintMismatchError, match=f"{'e' * 32}.*{TOWER}"):
         require_fingerprint(record, "e" * 32, "user tower 7")
+
+
+def test_files_are_replaced_only_if_nobody_committed_meanwhile(store):
+    table = store.embeddings
+    table.commit(TOWER, [write(store, {K1: [1, 2]}), write(store, {K2: [3, 4]})])
+    record = publish(store, ["a", "b"], [K1, K2])
+    version, old = table.version(), [file.name for file in table.files(TOWER)]
+    joined = write(store, {K1: [1, 2], K2: [3, 4]})
+    table.commit(TOWER, [write(store, {K3: [5, 6]})])
+    assert not table.replace(TOWER, old, [joined], version)
+    assert table.replace(TOWER, old, [joined], table.version())
+    assert len(table.files(TOWER)) == 2
+    assert not table.seal(version)
+    assert table.seal(table.version())
+    shutil.rmtree(store.matrices)
+    assert open_snapshot(store, record).vectors.tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_snapshot_is_published_between_the_commits_of_others(store, monkeypatch):
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
+    seal, others = embeddings.EmbeddingTable.seal, []
+
+    def sealed(table, version):
+        if len(others) < 2:
+            others.append(table.commit(TOWER, [write(store, {K1: [1, 2]})]))
+        return seal(table, version)
+
+    monkeypatch.setattr(embeddings.EmbeddingTable, "seal", sealed)
+    assert open_snapshot(store, publish(store)).vectors.tolist() == [VECTORS[key] for key in KEYS]
+    assert len(others) == 2
+    assert len(store.all(Snapshot)) == len(list(store.parent(Snapshot).iterdir())) == 1
+    monkeypatch.setattr(embeddings.EmbeddingTable, "seal", lambda *_: False)
+    with pytest.raises(StoreError, match="committed to by others all the time"):
+        publish(store, ["a"], [K1])
+    assert len(list(store.parent(Snapshot).iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"commitInfo": {'])
+def test_a_damaged_newest_log_entry_is_named_and_the_way_out_works(store, damage):
+    store.embeddings.commit(TOWER, [write(store, {K1: [1, 2]})])
+    store.embeddings.commit(TOWER, [write(store, {K2: [3, 4], K3: [5, -6]})])
+    newest = sorted((store.embeddings.root / "_delta_log").glob("*.json"))[-1]
+    newest.write_bytes(damage)
+    with pytest.raises(StoreError, match=rf"{newest.name} is cut short.*remove it"):
+        plan(store)
+    newest.unlink()
+    assert plan(store).missing.tolist() == [1, 3]
+
+
+def test_another_store_format_is_refused(store, monkeypatch):
+    monkeypatch.setattr(embeddings, "STORE_FORMAT", 99)
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
+    monkeypatch.setattr(embeddings, "STORE_FORMAT", STORE_FORMAT)
+    with pytest.raises(StoreError, match=f"store format 99, this version reads {STORE_FORMAT}"):
+        plan(store)
+
+
+def test_a_collapsed_tower_makes_no_snapshot(store):
+    store.embeddings.commit(TOWER, [write(store, {K1: [1, 2], K2: [2, 4], K3: [3, 6]})])
+    with pytest.raises(GateError, match=r"gate collapsed: 1 is above 0\.2; no snapshot was made"):
+        publish(store)
+    assert store.all(Snapshot) == []

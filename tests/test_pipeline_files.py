@@ -10,7 +10,7 @@ from pipeline import files
 from pipeline.files import disk_full, new_folder, next_created_at, read_record, record_id, write_file, write_record
 from pipeline.store import Store
 from schemas.errors import NotFoundError, StoreError
-from schemas.records import Index
+from schemas.records import STORE_FORMAT, Index
 
 
 def index(created_at: int, checksum: str = "c", **values) -> Index:
@@ -108,7 +108,7 @@ def test_a_damaged_record_is_named(tmp_path, text):
 
 def test_a_store_of_another_format_is_refused(tmp_path):
     write_record(tmp_path, index(1_000, store_format=99))
-    with pytest.raises(StoreError, match="store format 99, this version reads 1"):
+    with pytest.raises(StoreError, match=f"store format 99, this version reads {STORE_FORMAT}"):
         read_record(tmp_path, Index)
 
 

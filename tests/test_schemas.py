@@ -58,7 +58,7 @@ def test_records_are_frozen_and_refuse_unknown_keys():
     }  # fmt: skip
     record = Index(**values)
     assert record.model_dump_json() == (
-        '{"id":"a","created_at":1,"store_format":1,"kind":"flat","snapshot":null,"item_fingerprint":null,'
+        '{"id":"a","created_at":1,"store_format":2,"kind":"flat","snapshot":null,"item_fingerprint":null,'
         '"user_tower":null,"vectors":1,"dim":2,"bytes":3,"checksum":"c"}'
     )
     with pytest.raises(ValidationError):

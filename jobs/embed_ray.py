@@ -1,0 +1,108 @@
+"""The Ray Data side of embed-items: start or join a session, run the workers over the windows, show progress."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tqdm import tqdm
+
+from jobs.embed_worker import EmbedAndWrite, Ledger, WorkOrder
+from schemas.errors import PipelineError
+
+_POLL_SECONDS = 1.0
+
+
+class _RemoteLedger:
+    """Passes a worker's calls on to the ledger's actor, each answered before the worker goes on."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values: ray.get(getattr(self.actor, name).remote(*values))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _RemoteLedger, (self.actor,)
+
+
+@contextmanager
+def _session() -> Iterator[None]:
+    """A Ray session: the open one, left open; else the cluster of RAY_ADDRESS or a local one, ended afterwards."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        settings = ray.data.DataContext.get_current()
+        settings.enable_progress_bars = False
+        settings.raise_original_map_exception = True
+        settings.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised below, in one line if known
+        yield
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, PipelineError):
+            raise cause from None
+        raise
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+@contextmanager
+def _progress(ledger: Any, total: int) -> Iterator[tqdm]:
+    """A bar of texts per second that looks at the ledger every second, since a window takes long."""
+    ended = threading.Event()
+    with tqdm(total=total, desc="embed-items", unit="text", mininterval=1, smoothing=0.05) as bar:
+
+        def watch() -> None:
+            while not ended.wait(_POLL_SECONDS):
+                try:
+                    bar.update(min(ray.get(ledger.progress.remote()), total) - bar.n)
+                except ray.exceptions.RayError:
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            thread.join()
+
+
+def embed_windows(order: WorkOrder, windows: list[pa.Table], workers: int | None) -> Iterator[dict[str, Any]]:
+    """Run Ray Data over windows of catalog rows; yields the report of each as it is done (``embed_worker.REPORT``).
+
+    Workers, with a GPU each where there are any, must see the catalog's and the table's folder. A worker that dies
+    is started again, and its window with it. Raises what the item tower raised.
+    """
+    with _session():
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
+        reports = ray.data.from_arrow(windows).map_batches(
+            EmbedAndWrite,
+            fn_constructor_kwargs={"order": order, "ledger": _RemoteLedger(ledger)},
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ray.data.ActorPoolStrategy(size=workers or max(1, gpus)),
+            num_cpus=1,
+            num_gpus=1 if gpus else 0,
+        )
+        with _progress(ledger, sum(window.num_rows for window in windows)) as bar:
+            tokens = padded = 0
+            for report in reports.iter_rows():
+                tokens, padded = tokens + report["tokens"], padded + report["padded"]
+                waste = f"{1 - tokens / max(1, padded):.1%}"
+                bar.set_postfix(tokens=tokens, padding=waste, refresh=False)
+                yield report

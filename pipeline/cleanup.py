@@ -1,0 +1,183 @@
+"""Retention: which snapshots stay, and taking away what none of them needs (DESIGN 6)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.cache import read_items
+from pipeline.embeddings import EmbeddingFile, decode_keys, read_file, read_keys, write_embedding_file
+from pipeline.store import Store
+from schemas import tables
+from schemas.errors import StoreError
+from schemas.records import ItemTower, Snapshot, UserTower
+
+_HOUR = 3_600_000
+_ATTEMPTS = 5
+_DEAD_SHARE = 0.05
+_FILE_ROWS = 131_072
+
+
+class RetentionConfig(BaseModel):
+    """What ``hllm snapshots clean`` keeps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    days: float = Field(default=14.0, ge=0)
+    """A younger snapshot stays."""
+    newest: int = Field(default=2, ge=1)
+    """So many of every item tower in use stay, however old: of the newest tuned one and of every user tower's."""
+    job_hours: float = Field(default=48.0, ge=0)
+    """Longer than the longest job: nothing younger is taken, whether a snapshot needs it or not."""
+
+
+@dataclass
+class Cleaned:
+    """What a clean-up did. snapshots: ids dropped; files: data files replaced by fewer or none."""
+
+    snapshots: list[str] = field(default_factory=list)
+    files: int = 0
+    rows: int = 0
+    freed: int = 0  # bytes
+
+
+def in_use(store: Store) -> set[str]:
+    """Fingerprints that somebody reads: of the newest tuned tower, of every user tower, of the newest snapshot."""
+    tower, snapshot = store.newest(ItemTower), store.newest(Snapshot)
+    newest = {record.name: record.item_fingerprint for record in store.all(UserTower)}
+    found = {name for name in newest.values() if name is not None}
+    return found | ({tower.fingerprint} if tower else set()) | ({snapshot.fingerprint} if snapshot else set())
+
+
+def expired(store: Store, config: RetentionConfig, now: int) -> list[Snapshot]:
+    """Snapshots past retention; now: milliseconds."""
+    records, used = store.all(Snapshot), in_use(store)
+    newest: set[str] = set()
+    for fingerprint in used:
+        newest.update(record.id for record in records if record.fingerprint == fingerprint)
+        of_tower = [record.id for record in records if record.fingerprint == fingerprint]
+        newest.difference_update(of_tower[: -config.newest])
+    return [r for r in records if r.id not in newest and now - r.created_at >= config.days * 24 * _HOUR]
+
+
+def clean(store: Store, config: RetentionConfig, now: int | None = None) -> Cleaned:
+    """Drop expired snapshots, then every vector that no kept one needs; join small files.
+
+    Nothing younger than ``job_hours`` is touched, so a running job loses nothing. What a job is about to publish
+    counts as used. Raises StoreError when others commit all the time, or when the store is damaged.
+    """
+    now = time.time_ns() // 1_000_000 if now is None else now
+    before = _size(store.root)
+    done = Cleaned()
+    for record in expired(store, config, now):
+        store.remove(record)
+        done.snapshots.append(record.id)
+    oldest = now - int(config.job_hours * _HOUR)
+    store.sweep(oldest)
+    for fingerprint in store.embeddings.fingerprints():
+        files, rows = _rewrite(store, fingerprint, oldest)
+        done.files += files
+        done.rows += rows
+    kept = {record.vectors_digest for record in store.all(Snapshot)}
+    for local in store.matrices.glob("*.bin"):
+        if local.stem not in kept and local.stat().st_mtime * 1000 <= oldest:
+            local.unlink()
+    store.embeddings.vacuum(config.job_hours)
+    done.freed = before - _size(store.root)
+    return done
+
+
+def _size(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def _needed(store: Store, fingerprint: str) -> NDArray[np.uint64]:
+    """Keys of all snapshots of an item tower, and of all that are about to become one; uint64 [K, 2]."""
+    # asides first: one that gets its name meanwhile is then seen twice, and never not at all
+    asides = list(store.parent(Snapshot).glob(".*/items.parquet"))
+    parts = [np.zeros((0, 2), dtype=np.uint64)]
+    for path in asides:
+        try:
+            parts.append(decode_keys(pq.read_table(path, columns=[tables.KEY]).column(tables.KEY)))
+        except (OSError, pa.ArrowException):  # published, given up, or not yet written: then it seals after us
+            continue
+    for record in store.all(Snapshot, fingerprint=fingerprint):
+        parts.append(decode_keys(read_items(store, record).column(tables.KEY)))
+    return np.concatenate(parts)
+
+
+def _rewrite(store: Store, fingerprint: str, oldest: int) -> tuple[int, int]:
+    """Replace files with rows that nobody needs, and small ones. Returns files replaced and rows dropped."""
+    table = store.embeddings
+    for _ in range(_ATTEMPTS):
+        version = table.version()
+        files = table.files(fingerprint)
+        keep = _rows_to_keep(files, _needed(store, fingerprint))
+        old = _worth_replacing(files, keep, oldest)
+        if not old:
+            return 0, 0
+        new = []
+        for group in _groups(old, keep):
+            rows = pa.concat_tables([_kept_rows(file, keep[file.name]) for file in group])
+            if rows.num_rows:
+                new.append(write_embedding_file(table.root, fingerprint, rows))
+        if table.replace(fingerprint, [file.name for file in old], new, version):
+            dropped = sum(file.rows - int(keep[file.name].sum()) for file in old)
+            return len(old), dropped
+        for file in new:
+            (table.root / file["path"]).unlink(missing_ok=True)
+    raise StoreError(f"{table.root} was committed to by others all the time; run the clean-up again")
+
+
+def _rows_to_keep(files: Sequence[EmbeddingFile], needed: NDArray[np.uint64]) -> dict[str, NDArray[np.bool_]]:
+    """File name -> bool [rows]: the rows that readers choose of the needed keys."""
+    found = read_keys(files)
+    rows = pl.DataFrame({"low": found[:, 0], "high": found[:, 1]}).with_row_index("place")
+    wanted = pl.DataFrame({"low": needed[:, 0], "high": needed[:, 1]}).unique()
+    live = rows.join(wanted, on=["low", "high"], how="semi")
+    if live.select(pl.struct("low", "high").is_duplicated().any()).item():
+        columns = [tables.CREATED_AT, tables.RUN_ID]
+        stamps = pl.DataFrame(pa.concat_tables([read_file(file, columns) for file in files])).with_row_index("place")
+        live = live.join(stamps, on="place").sort(*columns, "place").unique(["low", "high"], keep="first")
+    keep = np.zeros(len(found), dtype=bool)
+    keep[live["place"].to_numpy()] = True
+    ends = np.cumsum([file.rows for file in files])
+    return {file.name: keep[end - file.rows : end] for file, end in zip(files, ends.tolist(), strict=True)}
+
+
+def _worth_replacing(
+    files: Sequence[EmbeddingFile], keep: dict[str, NDArray[np.bool_]], oldest: int
+) -> list[EmbeddingFile]:
+    """Old enough files with too many dead rows, and small ones if there are several."""
+    old = [file for file in files if file.written_at <= oldest]
+    dead = {file.name for file in old if (~keep[file.name]).mean() > _DEAD_SHARE or not file.rows}
+    small = {file.name for file in old if file.rows < _FILE_ROWS // 8}
+    if len(small) < 2:
+        small = set()
+    return [file for file in old if file.name in dead | small]
+
+
+def _groups(files: Sequence[EmbeddingFile], keep: dict[str, NDArray[np.bool_]]) -> list[list[EmbeddingFile]]:
+    """Files to be joined into one each, in order, of about 131,072 rows."""
+    groups: list[list[EmbeddingFile]] = []
+    rows = _FILE_ROWS
+    for file in files:
+        if rows >= _FILE_ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(file)
+        rows += int(keep[file.name].sum())
+    return groups
+
+
+def _kept_rows(file: EmbeddingFile, keep: NDArray[np.bool_]) -> pa.Table:
+    return read_file(file, tables.EMBEDDINGS.names).filter(pa.array(keep))

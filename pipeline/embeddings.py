@@ -1,0 +1,308 @@
+"""The table of all item vectors: (fingerprint, key) -> embedding (DESIGN 6).
+
+Parquet files under a Delta log, append-only. Keys are passed as uint64 [N, 2], the two halves of the 16 bytes.
+Every file is a partition value of its own (column ``file``), so that exactly the named files can be replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction
+from numpy.typing import NDArray
+
+from pipeline.files import fsync_path
+from schemas import tables
+from schemas.errors import StoreError
+from schemas.records import STORE_FORMAT
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_FORMAT_KEY = "hllm.store_format"
+_PARTITIONS = [tables.FINGERPRINT, tables.FILE]
+_READERS = 4
+_HOOKS = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
+
+
+@dataclass(frozen=True)
+class EmbeddingFile:
+    """One committed file. name: unique in the table; rows: how many; size: bytes; written_at: milliseconds."""
+
+    name: str
+    path: Path
+    rows: int
+    size: int
+    written_at: int
+
+
+class EmbeddingTable:
+    """The table at one folder. It need not exist yet; the first commit makes it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _open(self) -> DeltaTable | None:
+        log = self.root / "_delta_log"
+        entries = sorted(log.glob("[0-9]*.json"))
+        if not entries:
+            return None
+        _check_log_entry(entries[-1])
+        try:
+            table = DeltaTable(self.root)
+            found = table.metadata().configuration.get(_FORMAT_KEY)
+        except DeltaError as error:
+            raise StoreError(f"{self.root}: its log cannot be read: {error}; restore it") from error
+        if found != str(STORE_FORMAT):
+            raise StoreError(
+                f"{self.root} has store format {found}, this version reads {STORE_FORMAT}; "
+                f"use the version that wrote it, or another store"
+            )
+        return table
+
+    def version(self) -> int:
+        """Number of the newest commit; -1 while there is no table."""
+        table = self._open()
+        return -1 if table is None else int(table.version())
+
+    def fingerprints(self) -> list[str]:
+        """Of the item towers that have vectors here, sorted."""
+        table = self._open()
+        if table is None:
+            return []
+        actions = pa.table(table.get_add_actions(flatten=True))
+        return sorted(set(actions.column(f"partition.{tables.FINGERPRINT}").to_pylist()))
+
+    def files(self, fingerprint: str) -> list[EmbeddingFile]:
+        """The committed files of one item tower, oldest first."""
+        table = self._open()
+        if table is None:
+            return []
+        actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+        found = [
+            EmbeddingFile(
+                name=action[f"partition.{tables.FILE}"],
+                path=self.root / action["path"],
+                rows=action["num_records"],
+                size=action["size_bytes"],
+                written_at=action["modification_time"],
+            )
+            for action in actions
+            if action[f"partition.{tables.FINGERPRINT}"] == fingerprint
+        ]
+        return sorted(found, key=lambda file: (file.written_at, file.name))
+
+    def commit(self, fingerprint: str, files: Sequence[dict[str, Any]]) -> None:
+        """Make files that workers wrote part of the table, in one transaction, flushed to the disk.
+
+        files: as ``write_embedding_file`` returned them. Raises StoreError when one is missing, short or of
+        another schema; then nothing is committed.
+        """
+        actions = [_checked_action(self.root, fingerprint, file) for file in files]
+        before = self.version()
+        DeltaTable.create(
+            self.root,
+            schema=_delta_schema(),
+            mode="ignore",
+            partition_by=_PARTITIONS,
+            configuration={_FORMAT_KEY: str(STORE_FORMAT)},
+            raise_if_key_not_exists=False,
+        )
+        self._write(DeltaTable(self.root), actions, mode="append")
+        self._flush_log(before)
+
+    def replace(self, fingerprint: str, old: Sequence[str], new: Sequence[dict[str, Any]], version: int) -> bool:
+        """Put new files in the place of the named old ones, if nobody committed since ``version``.
+
+        Returns False, having changed nothing, when somebody did. Raises StoreError as ``commit``.
+        """
+        actions = [_checked_action(self.root, fingerprint, file) for file in new]
+        filters = [(tables.FINGERPRINT, "=", fingerprint), (tables.FILE, "in", list(old))]
+        return self._commit_at(version, actions, mode="overwrite", partition_filters=filters)
+
+    def seal(self, version: int) -> bool:
+        """Add an empty commit right after ``version``; False when somebody else committed since.
+
+        What was read at ``version`` and is published after a True cannot have been removed in between: a
+        clean-up commits under the same condition and looks for what is about to be published first.
+        """
+        return self._commit_at(version, [], mode="append")
+
+    def vacuum(self, hours: float) -> list[str]:
+        """Delete files that are not, or no longer, in the table and are older; returns them.
+
+        Also folds a long log into a checkpoint and drops entries past Delta's own retention (30 days).
+        """
+        table = self._open()
+        if table is None:
+            return []
+        gone = table.vacuum(
+            # whole hours only: rounded up, so that nothing younger goes
+            retention_hours=math.ceil(hours),
+            enforce_retention_duration=False,
+            dry_run=False,
+            full=True,
+        )
+        table = self._open()
+        assert table is not None
+        table.create_checkpoint()
+        table.cleanup_metadata()
+        return list(gone)
+
+    def _commit_at(self, version: int, actions: list[AddAction], **how: Any) -> bool:
+        table = self._open()
+        if table is None or table.version() != version:
+            return False
+        try:
+            self._write(table, actions, commit_properties=CommitProperties(max_commit_retries=0), **how)
+        except CommitFailedError:
+            return False
+        self._flush_log(version)
+        return True
+
+    def _write(self, table: DeltaTable, actions: list[AddAction], **how: Any) -> None:
+        table.create_write_transaction(
+            actions, schema=_delta_schema(), partition_by=_PARTITIONS, post_commithook_properties=_HOOKS, **how
+        )
+
+    def _flush_log(self, before: int) -> None:
+        log = self.root / "_delta_log"
+        for entry in log.iterdir():
+            number = entry.name.split(".")[0]
+            if not number.isdigit() or int(number) > before:
+                fsync_path(entry)
+        fsync_path(log)
+        fsync_path(self.root)
+
+
+def _check_log_entry(entry: Path) -> None:
+    """Delta takes an empty newest entry for a commit that did nothing: a power cut would hide what it held."""
+    try:
+        for line in entry.read_text().splitlines() or [""]:
+            json.loads(line)
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{entry} is cut short or damaged; restore it, or remove it: the texts of that commit are embedded again"
+        ) from error
+
+
+def _delta_schema() -> Schema:
+    partitions = [pa.field(name, pa.string(), False) for name in _PARTITIONS]
+    return Schema.from_arrow(pa.schema([*tables.EMBEDDINGS, *partitions]))
+
+
+def _checked_action(root: Path, fingerprint: str, file: dict[str, Any]) -> AddAction:
+    path = root / file["path"]
+    try:
+        found = pq.ParquetFile(path)
+        whole = found.metadata.num_rows == file["rows"] and path.stat().st_size == file["size"]
+        if not whole or not found.schema_arrow.equals(tables.EMBEDDINGS):
+            raise StoreError(f"{path} is not what its worker reported; nothing was committed, run again")
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} cannot be read back: {error}; nothing was committed, run again") from error
+    return AddAction(
+        path=file["path"],
+        size=file["size"],
+        partition_values={tables.FINGERPRINT: fingerprint, tables.FILE: Path(file["path"]).stem},
+        modification_time=time.time_ns() // 1_000_000,
+        data_change=True,
+        stats=json.dumps({"numRecords": file["rows"]}),
+    )
+
+
+def write_embedding_file(root: Path, fingerprint: str, rows: pa.Table) -> dict[str, Any]:
+    """Write one uncommitted Parquet file into the table's folder; called by workers.
+
+    rows: of ``tables.EMBEDDINGS``. Returns path (relative), size and rows, as ``EmbeddingTable.commit`` reads them.
+    """
+    relative = f"{tables.FINGERPRINT}={fingerprint}/part-{uuid.uuid4().hex}.parquet"
+    path = root / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checked = tables.check(rows, tables.EMBEDDINGS, relative)
+    try:  # vectors do not compress
+        pq.write_table(checked, path, write_page_checksum=True, use_dictionary=False, compression="none")
+        fsync_path(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+    return {"path": relative, "size": path.stat().st_size, "rows": rows.num_rows}
+
+
+def stamped(rows: pa.Table, run_id: str) -> pa.Table:
+    """rows: key, embedding, n_tokens, truncated; returns them with created_at (now, milliseconds) and run_id."""
+    now = pa.array(np.full(rows.num_rows, time.time_ns() // 1_000_000, dtype=np.int64))
+    run = pa.array([run_id]).take(pa.array(np.zeros(rows.num_rows, dtype=np.int32)))
+    return rows.append_column(tables.CREATED_AT, now).append_column(tables.RUN_ID, run)
+
+
+def read_file(file: EmbeddingFile, columns: list[str]) -> pa.Table:
+    """Some columns of one file, page checksums verified. Raises StoreError when it is damaged or missing."""
+    wanted = pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
+    try:
+        part = pq.ParquetFile(file.path, page_checksum_verification=True).read(columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"embedding file {file.path} is damaged or missing: {error}; restore it") from error
+    if part.num_rows != file.rows:
+        raise StoreError(f"embedding file {file.path} has {part.num_rows} rows, its commit {file.rows}; restore it")
+    return tables.check(part, wanted, str(file.path))
+
+
+def on_threads(work: Callable[[S], T], parts: Sequence[S]) -> Iterator[T]:
+    """``work`` of each part, in order, on a few threads, a few parts ahead of the caller."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        ahead = deque(pool.submit(work, part) for part in parts[:_READERS])
+        for number in range(len(parts)):
+            result = ahead.popleft().result()
+            if number + _READERS < len(parts):
+                ahead.append(pool.submit(work, parts[number + _READERS]))
+            yield result
+
+
+def read_keys(files: Sequence[EmbeddingFile]) -> NDArray[np.uint64]:
+    """Keys of all rows, file after file; uint64 [rows, 2]. Raises StoreError as ``read_file``."""
+    parts = on_threads(lambda file: decode_keys(read_file(file, [tables.KEY]).column(tables.KEY)), files)
+    return np.concatenate([np.zeros((0, 2), dtype=np.uint64), *parts])
+
+
+def _fixed_width(column: pa.ChunkedArray, width: int) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of each chunk of a binary column, [rows, width], without a copy."""
+    for chunk in column.chunks:
+        offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        if (np.diff(offsets) != width).any():
+            raise StoreError(f"a cell of the embedding table is not {width} bytes wide; restore the table")
+        if len(chunk):
+            yield np.frombuffer(chunk.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]].reshape(-1, width)
+
+
+def decode_vectors(column: pa.ChunkedArray, dtype: str, dim: int) -> NDArray[np.floating]:
+    """[rows, dim] from the little-endian bytes of each cell; a view where the column has one chunk."""
+    kind = np.dtype(dtype).newbyteorder("<")
+    parts = [part.view(kind) for part in _fixed_width(column, kind.itemsize * dim)]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros((0, dim), dtype=kind), *parts])
+
+
+def decode_keys(column: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """[rows, 2] from a binary column of 16-byte keys."""
+    parts = [part.view("<u8") for part in _fixed_width(column, 16)]
+    return np.concatenate([np.zeros((0, 2), dtype=np.uint64), *parts])
+
+
+def encode_keys(keys: NDArray[np.uint64]) -> pa.Array:
+    """A binary column of 16-byte keys from uint64 [N, 2]."""
+    data = pa.py_buffer(np.ascontiguousarray(keys, dtype="<u8"))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(keys), [None, data]).cast(pa.binary())

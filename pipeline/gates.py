@@ -1,0 +1,99 @@
+"""What must hold before a snapshot is published (DESIGN 6). Each gate measures one figure and compares it."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.catalog import CatalogScan
+from pipeline.embeddings import EmbeddingTable, decode_keys, decode_vectors, read_file
+from schemas import tables
+from schemas.errors import GateError
+
+PROBES = 256
+_PROBE_FILES = 4
+_PAIRS = 20_000
+_SAME = 0.99
+
+
+class GateConfig(BaseModel):
+    """Limits of the gates; a run that passes one of them publishes nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_failed: float = Field(default=0.01, ge=0, le=1)
+    """Share of the catalog that may fail in the item tower."""
+    max_truncated: float = Field(default=1.0, ge=0, le=1)
+    """Share of tonight's texts that may be longer than ``encoder.max_length``; by default any."""
+    max_collapsed: float = Field(default=0.2, ge=0, le=1)
+    """Share of random pairs of different texts that may have a cosine above 0.99."""
+    min_agreement: float = Field(default=0.999, ge=0, le=1)
+    """Cosine between a stored vector and the same text embedded tonight."""
+
+
+def pass_gate(name: str, value: float, limit: float, way_out: str, *, at_least: bool = False) -> float:
+    """Return ``value``. Raises GateError, with value and limit, when it is on the wrong side of ``limit``."""
+    if (value < limit) if at_least else (value > limit):
+        side = "below" if at_least else "above"
+        raise GateError(f"gate {name}: {value:.6g} is {side} {limit:g}; no snapshot was made. {way_out}")
+    return value
+
+
+def collapsed_share(vectors: NDArray[np.floating], keys: NDArray[np.uint64]) -> float:
+    """Share of 20,000 random pairs of rows with different keys whose cosine is above 0.99.
+
+    vectors: [N, D]; keys: uint64 [N, 2]. 0 where no two keys differ.
+    """
+    if len(keys) < 2:
+        return 0.0
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, len(keys), (2, _PAIRS))
+    different = (keys[left] != keys[right]).any(axis=1)
+    left, right = left[different], right[different]
+    if not len(left):
+        return 0.0
+    a, b = (
+        np.asarray(vectors[np.sort(rows)], dtype=np.float32)[np.argsort(np.argsort(rows))] for rows in (left, right)
+    )
+    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return float((cosine > _SAME).mean())
+
+
+def check_collapse(vectors: NDArray[np.floating], keys: NDArray[np.uint64], limits: GateConfig) -> float:
+    """``collapsed_share``. Raises GateError when too many different texts have one vector."""
+    way_out = "The item tower gives different texts one vector: tune it again, or raise gates.max_collapsed"
+    return pass_gate("collapsed", collapsed_share(vectors, keys), limits.max_collapsed, way_out)
+
+
+def choose_probes(
+    table: EmbeddingTable, fingerprint: str, scan: CatalogScan, dtype: str, dim: int
+) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
+    """Places in the scan of up to 256 items whose text has a stored vector, and those vectors [n, D].
+
+    Taken from a few random files, so that a large table is not read whole.
+    """
+    files = table.files(fingerprint)
+    rng = np.random.default_rng(len(files))
+    wanted = pl.DataFrame({"low": scan.keys[:, 0], "high": scan.keys[:, 1]}).with_row_index("place")
+    wanted = wanted.unique(["low", "high"], keep="first")
+    places, vectors = [np.zeros(0, dtype=np.int64)], [np.zeros((0, dim), dtype=dtype)]
+    for number in rng.permutation(len(files))[:_PROBE_FILES]:
+        rows = read_file(files[number], [tables.KEY, tables.EMBEDDING])
+        keys = decode_keys(rows.column(tables.KEY))
+        stored = pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]}).with_row_index("row")
+        both = stored.join(wanted, on=["low", "high"], how="inner", maintain_order="left")
+        picked = np.sort(rng.permutation(both.height)[: PROBES // _PROBE_FILES])
+        places.append(both["place"].to_numpy()[picked].astype(np.int64))
+        found = decode_vectors(rows.column(tables.EMBEDDING), dtype, dim)
+        vectors.append(found[both["row"].to_numpy()[picked]])
+    return np.concatenate(places), np.concatenate(vectors)
+
+
+def lowest_agreement(stored: NDArray[np.floating], tonight: NDArray[np.floating]) -> float:
+    """The lowest cosine between rows of two arrays [n, D]; 1 for none."""
+    if not len(stored):
+        return 1.0
+    a, b = stored.astype(np.float32), tonight.astype(np.float32)
+    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())

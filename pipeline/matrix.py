@@ -1,0 +1,160 @@
+"""One snapshot as an array: [N, D] in item order, a memory-mapped local file named by its digest (DESIGN 6).
+
+The file is a cache, never the truth: it is checked against the snapshot's digest at every opening and built
+again from the table when it is missing or different.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_file, read_keys
+from pipeline.store import Store
+from schemas import tables
+from schemas.errors import EmbeddingError, StoreError
+from schemas.hashing import block_digest
+from schemas.records import Snapshot
+
+_ATTEMPTS = 3  # a compaction may replace files between listing and reading them
+
+
+@dataclass(frozen=True)
+class ItemMatrix:
+    """One open snapshot. Row numbers mean nothing outside of it.
+
+    ids: strings [N], sorted; vectors: [N, D] in the stored dtype, not normalised, read-only; keys: uint64
+    [N, 2]; available: bool [N].
+    """
+
+    record: Snapshot
+    ids: pa.Array
+    vectors: NDArray[np.floating]
+    keys: NDArray[np.uint64]
+    available: NDArray[np.bool_]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the item tower that made the vectors."""
+        return self.record.fingerprint
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """``ids`` as a list."""
+        return self.ids.to_pylist()
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """int64 [N]: items with the same key share a number."""
+        pairs = pl.DataFrame({"low": self.keys[:, 0], "high": self.keys[:, 1]})
+        return pairs.select(pl.struct("low", "high").rank("dense")).to_series().to_numpy().astype(np.int64) - 1
+
+
+def map_matrix(path: Path, dtype: str, shape: tuple[int, int]) -> NDArray[np.floating]:
+    """The local file as a read-only array of that shape, its bytes not looked at."""
+    if shape[0] == 0:
+        return np.zeros(shape, dtype=dtype)
+    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", shape=shape)
+
+
+def load_matrix(path: Path, dtype: str, shape: tuple[int, int], digest: str) -> NDArray[np.floating] | None:
+    """The local file, mapped, if it is there and has this digest; else None. shape: (N, D)."""
+    try:
+        vectors = map_matrix(path, dtype, shape)
+    except (OSError, ValueError):
+        return None
+    return vectors if block_digest(vectors) == digest else None
+
+
+def build_matrix(
+    store: Store, fingerprint: str, keys: NDArray[np.uint64], dtype: str, dim: int, *, check: bool
+) -> str:
+    """Write the vectors of some keys (uint64 [N, 2]) in their order into the local file; returns their digest.
+
+    Never holds more than the file's pages and a few table files in memory. Raises StoreError when a vector is
+    missing or damaged; EmbeddingError, under ``check``, when one is not finite or zero.
+    """
+    for attempt in range(_ATTEMPTS):
+        files = store.embeddings.files(fingerprint)
+        try:
+            return _build(store, files, keys, dtype, dim, check)
+        except StoreError:
+            again = attempt + 1 < _ATTEMPTS and store.embeddings.files(fingerprint) != files
+            if not again:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _build(
+    store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint64], dtype: str, dim: int, check: bool
+) -> str:
+    places = _places(store, files, keys)
+    order = np.argsort(places, kind="stable")  # rows of the matrix in the order of the table
+    starts = np.concatenate([[0], np.cumsum([file.rows for file in files])]).astype(np.int64)
+    bounds = np.searchsorted(places, starts, sorter=order)
+    store.matrices.mkdir(parents=True, exist_ok=True)
+    aside = store.matrices / f".{uuid.uuid4().hex}"
+    try:
+        vectors = _allocate(aside, dtype, (len(keys), dim))
+
+        def fill(part: tuple[EmbeddingFile, NDArray[np.int64], int]) -> None:
+            file, rows, start = part
+            column = read_file(file, [tables.EMBEDDING]).column(tables.EMBEDDING)
+            found = decode_vectors(column, dtype, dim)
+            chosen = places[rows] - start
+            if check:
+                _require_usable(found[chosen], file)
+            vectors[rows] = found[chosen]
+
+        used = np.flatnonzero(np.diff(bounds)).tolist()
+        parts = [(files[n], order[bounds[n] : bounds[n + 1]], int(starts[n])) for n in used]
+        for _ in on_threads(fill, parts):
+            pass
+        digest = block_digest(vectors)
+        aside.replace(store.matrix_file(digest))
+        return digest
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _allocate(path: Path, dtype: str, shape: tuple[int, int]) -> NDArray[np.floating]:
+    kind = np.dtype(dtype).newbyteorder("<")
+    size = shape[0] * shape[1] * kind.itemsize
+    with path.open("wb") as file:
+        if size:  # now, in one line, and not as a bus error when a page is first written
+            os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(path, dtype=kind, mode="r+", shape=shape) if size else np.zeros(shape, dtype=kind)
+
+
+def _places(store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Row of each key in the files laid end to end; of several the smallest (created_at, run_id) wins."""
+    found = read_keys(files)
+    rows = pl.DataFrame({"low": found[:, 0], "high": found[:, 1]}).with_row_index("place")
+    repeated = rows.select(pl.struct("low", "high").is_duplicated())
+    if repeated.to_series().any():
+        columns = [tables.CREATED_AT, tables.RUN_ID]
+        stamps = pa.concat_tables(on_threads(lambda file: read_file(file, columns), files))
+        rows = pl.concat([rows, pl.DataFrame(stamps)], how="horizontal").sort(*columns, "place")
+        rows = rows.unique(["low", "high"], keep="first", maintain_order=True)
+    wanted = pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
+    places = wanted.join(rows, on=["low", "high"], how="left", maintain_order="left")["place"]
+    if places.null_count():
+        raise StoreError(
+            f"{places.null_count()} of {len(keys)} vectors are missing from {store.embeddings.root}; "
+            f"restore it, or run embed-items again"
+        )
+    return places.cast(pl.Int64).to_numpy()
+
+
+def _require_usable(vectors: NDArray[np.floating], file: EmbeddingFile) -> None:
+    if not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
+        raise EmbeddingError(f"{file.path} holds vectors that are not finite or are zero; no snapshot was made")
