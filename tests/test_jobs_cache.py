@@ -1,0 +1,186 @@
+"""embed-items as a user meets it: --plan, --allow-full, poison, chunks; snapshots and export-items."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from item_tower.encoder import ItemEncoder
+from jobs.embed_worker import MAX_DEATHS, Ledger
+from pipeline.cache import open_snapshot
+from pipeline.store import Store
+from schemas.errors import EmbeddingError
+from schemas.records import Snapshot
+
+BASE = ("--set", "item_tower.use=base")
+
+
+def retitle(workspace, **titles: str) -> None:
+    items = pl.read_csv(workspace.data("items"))
+    title = pl.col("item_id").replace_strict(titles, default=pl.col("title"), return_dtype=pl.String)
+    items.with_columns(title=title).write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+
+
+def test_a_plan_says_what_a_run_then_does(workspace, embed_here):
+    workspace.run("prepare-data")
+    plan = workspace.run("embed-items", "--plan", *BASE)
+    assert (plan["embedded"], plan["reused"], plan["estimated_seconds"]) == (24, 0, None)
+    assert embed_here == []
+    assert not (workspace.store / "item_embeddings").exists()
+    done = workspace.run("embed-items", *BASE)
+    assert (done["embedded"], done["tokens"]) == (24, plan["tokens"])
+    retitle(workspace, i3="The green 3")
+    plan = workspace.run("embed-items", "--plan", *BASE)
+    assert (plan["embedded"], plan["reused"]) == (1, 23)
+    assert plan["estimated_seconds"] >= 0
+    assert Store(workspace.store).require(Snapshot).tokens_per_second > 0
+
+
+def test_most_of_a_catalog_again_needs_a_word(workspace, embed_here):
+    limits = ("--set", "embed.full_from=5", "--set", "embed.max_share=0.3", *BASE)
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *limits)  # the first time is no question
+    retitle(workspace, **{f"i{n}": f"green {n}" for n in range(9)})
+    before = workspace.published()
+    error = workspace.fails("embed-items", *limits)
+    assert error["kind"] == "Config"
+    assert "9 of 24 texts have no vector" in error["error"]
+    assert "--allow-full" in error["error"]
+    assert workspace.published() == before
+    assert workspace.run("embed-items", "--plan", *limits)["embedded"] == 9
+    assert workspace.run("embed-items", "--allow-full", *limits)["embedded"] == 9
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """The model cannot embed the word 'kind' (token 4 + 4)."""
+    forward = ItemEncoder.forward
+
+    def model(self, ids, mask):
+        if (ids == 8).any():
+            raise RuntimeError("cannot")
+        return forward(self, ids, mask)
+
+    monkeypatch.setattr(ItemEncoder, "forward", model)
+
+
+def test_a_poison_item_is_left_out_and_remembered(workspace, embed_here, poison):
+    limits = ("--set", "gates.max_failed=0.1", *BASE)
+    workspace.run("prepare-data")
+    retitle(workspace, i3="kind of", i5="kind of")
+    error = workspace.fails("embed-items", *BASE)
+    assert error["kind"] == "Gate"
+    assert "RuntimeError: cannot" in error["error"]
+    done = workspace.run("embed-items", *limits)
+    assert (done["items"], done["quarantined"]) == (22, 2)
+    store = Store(workspace.store)
+    record = store.require(Snapshot)
+    left = pl.read_parquet(store.folder(record) / "quarantine.parquet")
+    assert left["item_id"].to_list() == ["i3", "i5"]
+    assert left["reason"].unique().to_list() == ["RuntimeError: cannot"]
+    assert not {"i3", "i5"} & set(open_snapshot(store, record).item_ids)
+    calls = len(embed_here)
+    again = workspace.run("embed-items", *limits)
+    assert (again["snapshot"], again["embedded"], len(embed_here)) == (done["snapshot"], 0, calls)
+    workspace.fails("embed-items", "--set", "embed.retry_failed=true", "--set", "gates.max_failed=0", *BASE)
+    assert embed_here[-1] == ["title: kind of, year: 3", "title: kind of, year: 5"]
+
+
+def test_finished_chunks_are_kept_when_a_later_window_fails(workspace, embed_here, poison):
+    small = ("--set", "embed.window=6", "--set", "embed.commit_texts=6", *BASE)
+    workspace.run("prepare-data")
+    retitle(workspace, i9="kind of")  # in the last window
+    workspace.fails("embed-items", "--set", "gates.max_failed=0", *small)
+    plan = workspace.run("embed-items", "--plan", *small)
+    assert plan["embedded"] == 6
+    retitle(workspace, i9="green 9")
+    assert workspace.run("embed-items", *small)["embedded"] == 6
+
+
+def test_stored_vectors_that_come_out_different_stop_the_run(workspace, embed_here, monkeypatch):
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *BASE)
+    retitle(workspace, i3="The green 3")
+    forward, rng = ItemEncoder.forward, np.random.default_rng(0)
+
+    def drifted(self, ids, mask):
+        found = forward(self, ids, mask)
+        return found * (1 + 0.3 * found.new_tensor(rng.normal(size=found.shape)))
+
+    before = workspace.published()
+    with monkeypatch.context() as patch:
+        patch.setattr(ItemEncoder, "forward", drifted)
+        error = workspace.fails("embed-items", *BASE)
+    assert error["kind"] == "Gate"
+    assert "gate agreement: 0." in error["error"]
+    assert workspace.published() == before
+    assert workspace.run("embed-items", *BASE)["embedded"] == 1
+
+
+def test_snapshots_are_listed_shown_and_cleaned(workspace, embed_here):
+    workspace.run("prepare-data")
+    first = workspace.run("embed-items", *BASE)
+    retitle(workspace, i3="The green 3")
+    second = workspace.run("embed-items", *BASE)
+    now = ("--set", "retention.days=0", "--set", "retention.newest=1", "--set", "retention.job_hours=0", *BASE)
+    listed = workspace.run("snapshots", "list", *now)["snapshots"]
+    assert [(line["id"], line["expired"]) for line in listed] == [
+        (first["snapshot"], True),
+        (second["snapshot"], False),
+    ]
+    assert workspace.run("snapshots", "show", "--snapshot", second["snapshot"])["checked"] == 24
+    assert workspace.run("snapshots", "clean")["dropped"] == []
+    cleaned = workspace.run("snapshots", "clean", *now)
+    assert (cleaned["dropped"], cleaned["rows_dropped"]) == ([first["snapshot"]], 1)
+    assert workspace.run("snapshots", "show", "--snapshot", second["snapshot"])["checked"] == 24
+    error = workspace.fails("snapshots", "show", "--snapshot", first["snapshot"])
+    assert error["kind"] == "NotFound"
+    assert "--snapshot" in workspace.fails("snapshots", "show")["error"]
+
+
+def test_items_are_exported_as_float32_lists(workspace, embed_here, tmp_path):
+    workspace.run("prepare-data")
+    made = workspace.run("embed-items", *BASE)
+    out = tmp_path / "out.parquet"
+    done = workspace.run("export-items", "--out", str(out), *BASE)
+    assert (done["rows"], done["snapshot"]) == (24, made["snapshot"])
+    store = Store(workspace.store)
+    matrix = open_snapshot(store, store.require(Snapshot))
+    table = pl.read_parquet(out)
+    assert table["item_id"].to_list() == matrix.item_ids
+    assert np.array_equal(np.array(table["embedding"].to_list()), matrix.vectors.astype(np.float32))
+    assert "make it first" in workspace.fails("export-items", "--out", str(tmp_path / "no" / "x"), *BASE)["error"]
+
+
+def test_the_ledger_halves_what_workers_die_of_until_one_text_is_left():
+    ledger, deaths = Ledger(), 0
+    poison = 13
+
+    def window() -> list[int]:
+        """One life of a worker; returns the rows it was told not to try, or raises when it dies."""
+        groups, dead = ledger.begin(7)
+        rest = [n for n in range(16) if n not in dead and not any(n in group for group in groups)]
+        for batch in [*groups, rest]:
+            ledger.attempt(7, batch)
+            if poison in batch:
+                raise InterruptedError
+        ledger.end(7)
+        return dead
+
+    while True:
+        try:
+            assert window() == [poison]
+            break
+        except InterruptedError:
+            deaths += 1
+    assert deaths == 6  # 16, 8, 4, 2, alone, alone
+    assert ledger.begin(7) == ([], [poison])
+    assert ledger.begin(8) == ([], [])
+    for _ in range(MAX_DEATHS - deaths):
+        ledger.attempt(9, [1, 2])
+        ledger.begin(9)
+    ledger.attempt(9, [1, 2])
+    with pytest.raises(EmbeddingError, match=f"{MAX_DEATHS} workers died"):
+        ledger.begin(9)
