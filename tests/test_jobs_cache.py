@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
@@ -184,3 +186,42 @@ def test_the_ledger_halves_what_workers_die_of_until_one_text_is_left():
     ledger.attempt(9, [1, 2])
     with pytest.raises(EmbeddingError, match=f"{MAX_DEATHS} workers died"):
         ledger.begin(9)
+
+
+def _die_of_kind() -> None:
+    """In every Ray worker: the model takes its process along when it reads the word 'kind'."""
+    import os
+
+    from item_tower.encoder import ItemEncoder
+
+    forward = ItemEncoder.forward
+
+    def model(self, ids, mask):
+        if (ids == 8).any():
+            os._exit(139)
+        return forward(self, ids, mask)
+
+    ItemEncoder.forward = model
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_text_that_kills_its_worker_is_left_out(workspace):
+    import ray
+
+    workspace.run("prepare-data")
+    retitle(workspace, i7="kind of")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        runtime_env={"worker_process_setup_hook": _die_of_kind},
+    )  # fmt: skip
+    try:
+        done = workspace.run("embed-items", "--set", "gates.max_failed=0.1", "--set", "embed.window=12", *BASE)
+    finally:
+        ray.shutdown()
+    assert (done["items"], done["quarantined"]) == (23, 1)
+    store = Store(workspace.store)
+    left = pl.read_parquet(store.folder(store.require(Snapshot)) / "quarantine.parquet")
+    assert left.select("item_id", "reason").row(0) == ("i7", "two workers died while embedding it")
