@@ -12,7 +12,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        bench-seeds bench-grid test test-all lint types
+        bench-seeds bench-grid bench-embed bench-cache test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -59,6 +59,13 @@ bench-seeds: $(STAMP) ## the demo's runs over three seeds, paired difference tun
 
 bench-grid: $(STAMP) ## the grid for sasrec-id and tuned-cache on validation, after the demo
 	@$(HLLM) bench grid --config $(CONFIG) $(ARGS)
+
+bench-embed: $(STAMP) ## the Ray job against its encoder, the roofline and sentence-transformers, after make data
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test,bench]' >&2
+	@$(HLLM) bench embed --config $(CONFIG) $(ARGS)
+
+bench-cache: $(STAMP) ## a plan of 10M items, and opening 1M x 384 against np.load (20 GB of disk)
+	@$(HLLM) bench cache --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

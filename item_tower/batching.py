@@ -12,13 +12,19 @@ def token_budget_batches(
     """Split rows into batches whose padded size (rows x longest) stays within ``token_budget`` tokens.
 
     lengths: [N] tokens per row. Returns arrays of row numbers, longest rows first, so that a batch too large
-    for the memory fails at the start; a row longer than the budget is a batch of its own.
+    for the memory fails at the start; a row longer than the budget is a batch of its own. A batch that is a
+    quarter full ends where the length changes: rows of one length need neither padding nor mask.
     """
     order = np.argsort(-lengths, kind="stable")
+    descending = -lengths[order]
     batches, start = [], 0
     while start < len(order):
-        longest = max(1, int(lengths[order[start]]))
+        longest = max(1, -int(descending[start]))
         size = max(1, min(token_budget // longest, max_items))
-        batches.append(order[start : start + size])
-        start += size
+        end = min(start + size, len(order))
+        change = int(np.searchsorted(descending, descending[start], side="right"))
+        if change < end and 4 * (change - start) >= size:
+            end = change
+        batches.append(order[start:end])
+        start = end
     return batches

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from jobs.embed_worker import EmbedAndWrite, Ledger, WorkOrder
+from jobs.ray_guard import watch
 from schemas.errors import PipelineError
 
 _POLL_SECONDS = 1.0
@@ -40,6 +41,7 @@ def _session() -> Iterator[None]:
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    guard = watch() if started_here else None
     try:
         settings = ray.data.DataContext.get_current()
         settings.enable_progress_bars = False
@@ -55,6 +57,8 @@ def _session() -> Iterator[None]:
     finally:
         if started_here:
             ray.shutdown()
+        if guard is not None and guard.stdin is not None:
+            guard.stdin.close()
 
 
 @contextmanager

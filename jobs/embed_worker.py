@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from item_tower.cpu import speed_up
 from item_tower.embed import EmbedConfig, as_table, embed_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
 from item_tower.fingerprint import fingerprint
@@ -109,6 +110,7 @@ class EmbedAndWrite:
         encoder = ItemEncoder.from_config(order.encoder, order.template) if order.tower is None else None
         self.encoder = (encoder or ItemEncoder.load(order.tower)).to(default_device())  # type: ignore[arg-type]
         self.found = fingerprint(self.encoder, order.embed.output_dtype)
+        speed_up(self.encoder)
         self.order, self.ledger = order, ledger
 
     def __call__(self, window: pa.Table) -> pa.Table:

@@ -16,7 +16,7 @@ from pipeline.catalog import CatalogScan
 from pipeline.embeddings import decode_keys, encode_keys, read_keys
 from pipeline.files import new_folder, next_created_at, record_id, write_record
 from pipeline.gates import GateConfig, check_collapse
-from pipeline.matrix import ItemMatrix, build_matrix, load_matrix, map_matrix
+from pipeline.matrix import ItemMatrix, build_matrix, load_matrix
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import FingerprintMismatchError, StoreError
@@ -143,8 +143,7 @@ def create_snapshot(
         pq.write_table(items, folder / "items.parquet", write_page_checksum=True)
         pq.write_table(quarantine, folder / "quarantine.parquet", write_page_checksum=True)
         keys = decode_keys(items.column(tables.KEY))
-        digest = _sealed_matrix(store, fingerprint, keys, dtype, dim)
-        vectors = map_matrix(store.matrix_file(digest), dtype, (len(keys), dim))
+        digest, vectors = _sealed_matrix(store, fingerprint, keys, dtype, dim)
         record = Snapshot(
             id=name,
             created_at=created_at,
@@ -164,13 +163,15 @@ def create_snapshot(
     return record
 
 
-def _sealed_matrix(store: Store, fingerprint: str, keys: NDArray[np.uint64], dtype: str, dim: int) -> str:
-    """``build_matrix``, and certain that no clean-up took one of its vectors meanwhile. Returns the digest."""
+def _sealed_matrix(
+    store: Store, fingerprint: str, keys: NDArray[np.uint64], dtype: str, dim: int
+) -> tuple[str, NDArray[np.floating]]:
+    """``build_matrix``, and certain that no clean-up took one of its vectors meanwhile."""
     for _ in range(_ATTEMPTS):
         version = store.embeddings.version()
-        digest = build_matrix(store, fingerprint, keys, dtype, dim, check=True)
+        built = build_matrix(store, fingerprint, keys, dtype, dim, check=True)
         if store.embeddings.seal(version):
-            return digest
+            return built
     raise StoreError(f"{store.embeddings.root} was committed to by others all the time; run embed-items again")
 
 
@@ -216,12 +217,11 @@ def open_snapshot(store: Store, record: Snapshot) -> ItemMatrix:
     shape = (record.items, record.dim)
     vectors = load_matrix(store.matrix_file(record.vectors_digest), record.dtype, shape, record.vectors_digest)
     if vectors is None:
-        found = build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=False)
+        found, vectors = build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=False)
         if found != record.vectors_digest:
             store.matrix_file(found).unlink(missing_ok=True)
             raise StoreError(
                 f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings.root}"
             )
-        vectors = map_matrix(store.matrix_file(found), record.dtype, shape)
     available = items.column(tables.AVAILABLE).to_numpy()
     return ItemMatrix(record, items.column(tables.ITEM_ID).combine_chunks(), vectors, keys, available)

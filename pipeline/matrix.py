@@ -77,8 +77,8 @@ def load_matrix(path: Path, dtype: str, shape: tuple[int, int], digest: str) -> 
 
 def build_matrix(
     store: Store, fingerprint: str, keys: NDArray[np.uint64], dtype: str, dim: int, *, check: bool
-) -> str:
-    """Write the vectors of some keys (uint64 [N, 2]) in their order into the local file; returns their digest.
+) -> tuple[str, NDArray[np.floating]]:
+    """Write the vectors of some keys (uint64 [N, 2]) in their order into the local file; returns digest and array.
 
     Never holds more than the file's pages and a few table files in memory. Raises StoreError when a vector is
     missing or damaged; EmbeddingError, under ``check``, when one is not finite or zero.
@@ -96,7 +96,7 @@ def build_matrix(
 
 def _build(
     store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint64], dtype: str, dim: int, check: bool
-) -> str:
+) -> tuple[str, NDArray[np.floating]]:
     places = _places(store, files, keys)
     order = np.argsort(places, kind="stable")  # rows of the matrix in the order of the table
     starts = np.concatenate([[0], np.cumsum([file.rows for file in files])]).astype(np.int64)
@@ -120,8 +120,9 @@ def _build(
         for _ in on_threads(fill, parts):
             pass
         digest = block_digest(vectors)
+        mapped = map_matrix(aside, dtype, (len(keys), dim))  # stays open whatever becomes of the file's name
         aside.replace(store.matrix_file(digest))
-        return digest
+        return digest, mapped
     finally:
         aside.unlink(missing_ok=True)
 

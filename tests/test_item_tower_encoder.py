@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from item_tower.batching import token_budget_batches
+from item_tower.cpu import speed_up
 from item_tower.embed import EmbedConfig, as_table, embed_texts, encode_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
@@ -187,3 +188,21 @@ def test_suspects_are_tried_first_and_by_themselves(poisoned):
     assert sorted(told[2]) == [n for n in range(20) if n not in (3, 4, 5)]
     assert result.rows.tolist() == list(range(20))
     assert result.padded >= int(result.n_tokens.sum())
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_fast_path_on_a_cpu_computes_the_same(make_encoder, kind):
+    texts = [f"red {n} " + "blue " * (n % 9) for n in range(60)]
+    exact = vectors(make_encoder(kind), texts)
+    encoder = make_encoder(kind, compute_dtype="bfloat16")
+    speed_up(encoder)
+    config = EmbedConfig(output_dtype="float32")
+    fast = embed_texts(encoder, texts, config).vectors
+    alone = np.concatenate([embed_texts(encoder, [text], config).vectors for text in texts])
+    for other in (exact, alone):
+        cosine = (fast * other).sum(1) / (np.linalg.norm(fast, axis=1) * np.linalg.norm(other, axis=1))
+        assert cosine.min() > 0.999
+        assert cosine.mean() > 0.9998
+    plain = make_encoder(kind)
+    speed_up(plain)  # float32 stays as it is
+    np.testing.assert_array_equal(vectors(plain, texts), exact)

@@ -122,3 +122,10 @@ def test_every_folder_in_where_things_are_exists():
     folders = [line.split("/")[0] for line in tree.splitlines() if line]
     made = {"store"}
     assert all((ROOT / folder).is_dir() for folder in folders if folder not in made)
+
+
+def test_every_test_that_the_docs_name_exists():
+    named = set(re.findall(r"::(test_\w+)", (ROOT / "docs" / "cache.md").read_text()))
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    assert named
+    assert [name for name in sorted(named) if f"def {name}(" not in written] == []

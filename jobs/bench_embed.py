@@ -1,0 +1,165 @@
+"""bench embed: the whole Ray job against its encoder, the encoder against the machine, both against
+sentence-transformers, on the texts of the configured catalog.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from item_tower.cpu import PackedLinear, speed_up
+from item_tower.embed import EmbedConfig, embed_texts
+from item_tower.encoder import ItemEncoder, default_device, resolve_model
+from item_tower.prompt import render
+from jobs import embed_items
+from jobs.config import load_config
+from jobs.context import Context
+from schemas.errors import ConfigError
+from schemas.records import Dataset
+
+SAMPLE, ROUNDS = 4_096, 3
+BATCH_SIZES = (32, 64, 128, 256)
+
+
+def model_flops(encoder: ItemEncoder, lengths: NDArray[np.int64]) -> float:
+    """Floating-point operations to encode texts of these lengths, without padding and embedding tables."""
+    linears = [layer for layer in encoder.model.modules() if isinstance(layer, nn.Linear)]
+    per_token = sum(2 * layer.in_features * layer.out_features for layer in linears)
+    config = encoder.model.config
+    attention = 4 * config.num_hidden_layers * config.hidden_size * (lengths.astype(np.float64) ** 2).sum()
+    return float(per_token * lengths.sum() + attention)
+
+
+def _best(work: Callable[[], object], rounds: int = 20) -> float:
+    """Seconds of the fastest of some calls."""
+    work()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@torch.inference_mode()
+def roofline(encoder: ItemEncoder, tokens: int) -> float:
+    """FLOP/s that the encoder's own bfloat16 matrix products reach by themselves, each at its best, [tokens, in].
+
+    The products of one forward pass over the time they take one after the other, the faster of two kernels each.
+    """
+    shapes = [(x.in_features, x.out_features) for x in encoder.model.modules() if isinstance(x, nn.Linear)]
+    seconds, best = 0.0, {}
+    for shape in sorted(set(shapes)):
+        layer = nn.Linear(*shape).bfloat16().to(encoder.device)
+        x = torch.randn(tokens, shape[0], dtype=torch.bfloat16, device=encoder.device)
+        kernels = [lambda layer=layer, x=x: F.linear(x, layer.weight, layer.bias)]
+        if encoder.device.type == "cpu":
+            packed = PackedLinear(layer)
+            kernels.append(lambda packed=packed, x=x: packed(x))
+        best[shape] = min(_best(kernel) for kernel in kernels)
+    seconds = sum(best[shape] for shape in shapes)
+    return sum(2 * tokens * a * b for a, b in shapes) / seconds
+
+
+def _peer(context: Context, precision: torch.dtype) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    except ImportError as error:
+        raise ConfigError("bench embed compares with sentence-transformers; pip install -e '.[bench]'") from error
+    config = context.config.encoder
+    body = Transformer(resolve_model(config.model), max_seq_length=config.max_length)
+    peer = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), config.pooling)])
+    return peer.to(precision)
+
+
+def _rates(works: dict[str, Callable[[], object]], texts: int) -> dict[str, float]:
+    """Texts per second of each, the best of some rounds in which all take turns."""
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            best[name] = min(best[name], time.perf_counter() - started)
+            print(f"{name:34s} {texts / best[name]:8.1f} texts/s", file=sys.stderr)
+    return {name: texts / seconds for name, seconds in best.items()}
+
+
+def _cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def _job(context: Context, config: str, sets: list[str]) -> dict[str, Any]:
+    """The real job over the whole catalog, in a store of its own that is empty before and removed afterwards."""
+    dataset = context.store.require(Dataset, name=context.config.data.name)
+    root = context.config.store.with_name(f"{context.config.store.name}-bench")
+    shutil.rmtree(root, ignore_errors=True)
+    try:
+        own = Context(load_config(config, None, [*sets, f'store="{root}"', 'item_tower.use="base"']))
+        shutil.copytree(context.store.folder(dataset), own.store.folder(dataset))
+        return embed_items.run(own)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def run(config: str, sets: list[str]) -> dict[str, Any]:
+    """Print rates and ratios. Raises ConfigError without sentence-transformers, NotFoundError before prepare-data."""
+    context = Context(load_config(config, None, [*sets, 'item_tower.use="base"']))
+    settings, template = context.config.encoder, context.config.template
+    rendered = np.array([text for text in render(context.dataset.items, template) if text], dtype=object)
+    rng = np.random.default_rng(0)
+    texts = rendered[np.sort(rng.permutation(len(rendered))[:SAMPLE])].tolist()
+    embed = EmbedConfig()
+
+    encoder = ItemEncoder.from_config(settings, template).to(default_device())
+    reference = ItemEncoder.from_config(settings.model_copy(update={"compute_dtype": "float32"}), template)
+    lengths = encoder.tokenise(texts).lengths
+    budget = embed.tokens_at_once(encoder.device)
+    flops, best_rate = model_flops(encoder, lengths), roofline(encoder, budget)
+    speed_up(encoder)
+    default, half = _peer(context, torch.float32), _peer(context, torch.bfloat16)
+
+    def by_peer(batch: int) -> Callable[[], object]:
+        return lambda: half.encode(texts, batch_size=batch, show_progress_bar=False, convert_to_tensor=True)
+
+    batch = min(BATCH_SIZES, key=lambda size: _best(by_peer(size), 1))
+    rates = _rates(
+        {
+            "encoder": lambda: embed_texts(encoder, texts, embed),
+            "sentence_transformers": lambda: default.encode(texts, show_progress_bar=False),
+            f"sentence_transformers bf16 x {batch}": by_peer(batch),
+        },
+        len(texts),
+    )
+    ours, plain, tuned = rates.values()
+    full = EmbedConfig(output_dtype="float32")
+    stored = embed_texts(encoder, texts, embed).vectors
+    cosine = _cosine(stored, embed_texts(reference.to(default_device()), texts, full).vectors)
+    done = _job(context, config, sets)
+    ratio = {
+        "job_over_sentence_transformers": done["items_per_second"] / plain,
+        "job_over_sentence_transformers_best": done["items_per_second"] / tuned,
+        "job_over_encoder": done["items_per_second"] / ours,
+        "encoder_over_roofline": flops / len(texts) * ours / best_rate,
+    }
+    rows = [{"name": name, "items_per_second": round(rate, 1)} for name, rate in rates.items()]
+    rows.append({"name": "job", "items_per_second": done["items_per_second"], "items": done["embedded"]})
+    return {
+        "name": "embed",
+        "rows": rows,
+        "roofline_gflops": round(best_rate / 1e9, 1),
+        "cosine_min": round(float(cosine.min()), 6),
+        "cosine_mean": round(float(cosine.mean()), 6),
+        "padding_waste": done["padding_waste"],
+        "ratio": {name: round(value, 3) for name, value in ratio.items()},
+    }
