@@ -19,6 +19,7 @@ from jobs.context import Context, TowerInForce
 from jobs.embed_worker import PROBE, ROW, WorkOrder, default_threads
 from pipeline.cache import (
     EmbeddingPlan,
+    announced,
     create_snapshot,
     find_snapshot,
     plan_embedding,
@@ -227,7 +228,11 @@ def run(context: Context, plan_only: bool = False, allow_full: bool = False) -> 
         _guard(context, plan, config.embed)
     sections = context.settings("embed", "encoder", "template", "item_tower", "data", "gates")
     tags = {"fingerprint": tower.fingerprint, "dataset": dataset.digest}
-    with context.tracker.run("embed-items", f"embed-items-{config.item_tower.use}", sections, tags) as run:
+    with (
+        announced(store, snapshot_items(scan, set())),
+        context.tracker.run("embed-items", f"embed-items-{config.item_tower.use}", sections, tags) as run,
+    ):
+        plan = plan_embedding(store, tower.fingerprint, scan, failed)  # now that no clean-up takes what it reuses
         snapshot, totals = _publish(context, tower, plan, run.run_id)
         result = _report(snapshot, plan, totals, time.perf_counter() - started)
         run.tags({"snapshot": snapshot.id})

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +87,27 @@ def plan_embedding(store: Store, fingerprint: str, scan: CatalogScan, failed: di
     missing = absent.filter("first")["place"].to_numpy()
     missing = missing[~np.isin(missing, list(refused))]
     return EmbeddingPlan(fingerprint, scan, missing, refused)
+
+
+@contextmanager
+def announced(store: Store, items: pa.Table) -> Iterator[None]:
+    """While the block runs, a clean-up keeps the vectors of these items (``snapshot_items``). Plan inside of it.
+
+    Raises StoreError when others commit all the time.
+    """
+    folder = store.parent(Snapshot) / f".wanted.{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    try:
+        pq.write_table(items, folder / "items.parquet")
+        for _ in range(_ATTEMPTS):  # a clean-up that began before can no longer commit after this
+            version = store.embeddings.version()
+            if version < 0 or store.embeddings.seal(version):
+                break
+        else:
+            raise StoreError(f"{store.embeddings.root} was committed to by others all the time; run it again")
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def content_digest(fingerprint: str, items: pa.Table) -> str:
@@ -220,6 +245,7 @@ def open_snapshot(store: Store, record: Snapshot) -> ItemMatrix:
         found, vectors = build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=False)
         if found != record.vectors_digest:
             store.matrix_file(found).unlink(missing_ok=True)
+            build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=True)  # names the file
             raise StoreError(
                 f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings.root}"
             )

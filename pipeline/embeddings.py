@@ -250,11 +250,15 @@ def stamped(rows: pa.Table, run_id: str) -> pa.Table:
     return rows.append_column(tables.CREATED_AT, now).append_column(tables.RUN_ID, run)
 
 
-def read_file(file: EmbeddingFile, columns: list[str]) -> pa.Table:
-    """Some columns of one file, page checksums verified. Raises StoreError when it is damaged or missing."""
+def read_file(file: EmbeddingFile, columns: list[str], *, verify: bool = True) -> pa.Table:
+    """Some columns of one file. Raises StoreError when it is damaged or missing.
+
+    verify: check the page checksums, which takes ten times as long; without it what is read must be checked against
+    a digest.
+    """
     wanted = pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
     try:
-        part = pq.ParquetFile(file.path, page_checksum_verification=True).read(columns=columns, use_threads=False)
+        part = pq.ParquetFile(file.path, page_checksum_verification=verify).read(columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"embedding file {file.path} is damaged or missing: {error}; restore it") from error
     if part.num_rows != file.rows:

@@ -134,9 +134,10 @@ class Workspace:
         return result
 
     def published(self) -> set[str]:
-        """Every published record, and the version of the embeddings table."""
+        """Every published record, and the commits of the embeddings table that are not empty (a run's seal is)."""
         found = {str(path.parent.relative_to(self.store)) for path in self.store.glob("*/[!.]*/record.json")}
-        return found | {path.name for path in self.store.glob("item_embeddings/_delta_log/*.json")}
+        log = self.store.glob("item_embeddings/_delta_log/*.json")
+        return found | {path.name for path in log if '"add"' in path.read_text()}
 
     def data(self, name: str) -> Path:
         return self.folder / f"{name}.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -287,3 +288,61 @@ def test_a_collapsed_tower_makes_no_snapshot(store):
     with pytest.raises(GateError, match=r"gate collapsed: 1 is above 0\.2; no snapshot was made"):
         publish(store)
     assert store.all(Snapshot) == []
+
+
+def test_two_hundred_flipped_bytes_are_found_or_harmless(store):
+    """In data files, snapshot items and the local array: every reader gives the same answer, or a named error."""
+    rng = np.random.default_rng(0)
+    keys = [bytes(rng.integers(0, 256, 16, dtype=np.uint8)) for _ in range(300)]
+    ids = [f"i{n:03}" for n in range(300)]
+    wide = {key: rng.normal(size=2).tolist() for key in keys}
+    store.embeddings.commit(TOWER, [write(store, wide)])
+    record = publish(store, ids, keys)
+    right = np.array(open_snapshot(store, record).vectors)
+    (data,) = store.embeddings.root.rglob("part-*.parquet")
+    items, local = store.folder(record) / "items.parquet", store.matrix_file(record.vectors_digest)
+    found = 0
+    for number in range(200):
+        open_snapshot(store, record)  # makes the local array where it was removed
+        path = (data, items, local)[number % 3]
+        whole = path.read_bytes()
+        changed = bytearray(whole)
+        changed[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        if path is data:
+            shutil.rmtree(store.matrices)
+        path.write_bytes(changed)
+        try:
+            opened = open_snapshot(store, record)
+            assert np.array_equal(opened.vectors, right)
+            assert opened.item_ids == ids
+        except StoreError:
+            found += 1
+        try:
+            missing = plan_embedding(store, TOWER, scan(ids, keys), {}).missing
+            assert len(missing) == 0 or path is data
+        except StoreError:
+            pass
+        path.write_bytes(whole)
+    assert found > 60
+
+
+def test_success_is_reported_after_data_log_and_folders_are_on_the_disk(store, monkeypatch):
+    flushed: list[str] = []
+
+    def fsync(descriptor):
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    info = write(store, VECTORS)
+    root = store.embeddings.root.resolve()
+    assert flushed == [str(root / info["path"]), str((root / info["path"]).parent)]
+    store.embeddings.commit(TOWER, [info])
+    log = root / "_delta_log"
+    entries = {str(path) for path in log.glob("*.json")}
+    assert entries | {str(log), str(root)} <= set(flushed)
+    flushed.clear()
+    record = publish(store)
+    names = {path.rpartition("/")[2] for path in flushed}
+    assert {"items.parquet", "quarantine.parquet", "_delta_log", "snapshots"} <= names
+    assert any("record.json" in name for name in names)
+    assert flushed[-1] == str(store.folder(record).parent.resolve())

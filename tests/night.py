@@ -1,0 +1,73 @@
+"""One night of a small shop, run as a process of its own by test_pipeline_races.py: plan, vectors, commits, snapshot.
+
+python night.py STORE RUN_ID TEXT [TEXT ...]; vectors are made from the text, so that any of them can be checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.cache import announced, create_snapshot, plan_embedding, snapshot_items
+from pipeline.catalog import CatalogScan
+from pipeline.embeddings import encode_keys, stamped, write_embedding_file
+from pipeline.gates import GateConfig
+from pipeline.store import Store
+from schemas import tables
+from schemas.records import Snapshot
+
+TOWER, DIM = "f" * 32, 8
+
+
+def vector(text: str) -> np.ndarray:
+    """float16 [8], decided by the text."""
+    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return np.random.default_rng(seed).normal(size=DIM).astype("<f2")
+
+
+def scan(texts: list[str]) -> CatalogScan:
+    """A catalog whose items are called like their texts."""
+    keys = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    return CatalogScan(
+        item_ids=pa.array(texts),
+        keys=np.frombuffer(keys, dtype="<u8").reshape(-1, 2),
+        available=np.ones(len(texts), dtype=bool),
+        rows=np.arange(len(texts)),
+        empty=[],
+    )
+
+
+def night(store: Store, run_id: str, texts: list[str]) -> Snapshot:
+    """Embed what is missing in chunks of 20 texts, then publish."""
+    catalog = scan(texts)
+    with announced(store, snapshot_items(catalog, set())):
+        return _embed_and_publish(store, run_id, catalog, texts)
+
+
+def _embed_and_publish(store: Store, run_id: str, catalog: CatalogScan, texts: list[str]) -> Snapshot:
+    plan = plan_embedding(store, TOWER, catalog, {})
+    for start in range(0, plan.embedded, 20):
+        rows = plan.missing[start : start + 20]
+        cells = [vector(texts[row]).tobytes() for row in rows]
+        table = pa.table(
+            {
+                tables.KEY: encode_keys(catalog.keys[rows]),
+                tables.EMBEDDING: pa.array(cells, pa.binary()),
+                tables.N_TOKENS: np.ones(len(rows), dtype=np.int32),
+                tables.TRUNCATED: np.zeros(len(rows), dtype=bool),
+            }
+        )
+        store.embeddings.commit(TOWER, [write_embedding_file(store.embeddings.root, TOWER, stamped(table, run_id))])
+    facts = {"embedded": plan.embedded, "reused": plan.reused, "tokens_per_second": None, "dataset": ""}
+    return create_snapshot(
+        store, TOWER, snapshot_items(catalog, set()), tables.LEFT_OUT.empty_table(), dtype="float16", dim=DIM,
+        limits=GateConfig(), gates={}, facts=facts | {"code_version": "", "run_id": run_id},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(night(Store(Path(sys.argv[1])), sys.argv[2], sys.argv[3:]).id)
