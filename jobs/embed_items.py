@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +57,9 @@ class Totals:
         self.failed |= dict(zip(report["failed_rows"], report["failed_reasons"], strict=True))
 
 
-def embed_windows(order: WorkOrder, windows: list[pa.Table], workers: int | None) -> Iterator[dict[str, Any]]:
+def embed_windows(
+    order: WorkOrder, windows: list[pa.Table], workers: int | None
+) -> Generator[dict[str, Any], None, None]:
     """The windows through Ray, which is imported here and nowhere before."""
     from jobs.embed_ray import embed_windows as on_ray
 
@@ -100,22 +103,23 @@ def _embed_missing(context: Context, tower: TowerInForce, plan: EmbeddingPlan, r
             table.commit(plan.fingerprint, files)
         waiting.clear()
 
-    try:
-        for report in embed_windows(order, windows, workers):
-            if report["vectors"] is not None:
-                kind = np.dtype(config.output_dtype).newbyteorder("<")
-                tonight = np.frombuffer(report["vectors"], dtype=kind).reshape(-1, tower.dim)
-                _check_agreement(totals, stored, tonight, limits)
-                agreed = True
-                continue
-            totals.add(report)
-            _check_failures(totals, len(plan.scan.rows), limits)
-            waiting.append(report)
-            if agreed and sum(report["rows"] for report in waiting) >= config.commit_texts:
+    with closing(embed_windows(order, windows, workers)) as reports:  # ends Ray before an error is shown
+        try:
+            for report in reports:
+                if report["vectors"] is not None:
+                    kind = np.dtype(config.output_dtype).newbyteorder("<")
+                    tonight = np.frombuffer(report["vectors"], dtype=kind).reshape(-1, tower.dim)
+                    _check_agreement(totals, stored, tonight, limits)
+                    agreed = True
+                    continue
+                totals.add(report)
+                _check_failures(totals, len(plan.scan.rows), limits)
+                waiting.append(report)
+                if agreed and sum(report["rows"] for report in waiting) >= config.commit_texts:
+                    commit()
+        finally:  # what is finished is kept, whatever ended the run
+            if agreed:
                 commit()
-    finally:  # what is finished is kept, whatever ended the run
-        if agreed:
-            commit()
     return totals
 
 

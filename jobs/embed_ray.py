@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,7 +83,9 @@ def _progress(ledger: Any, total: int) -> Iterator[tqdm]:
             thread.join()
 
 
-def embed_windows(order: WorkOrder, windows: list[pa.Table], workers: int | None) -> Iterator[dict[str, Any]]:
+def embed_windows(
+    order: WorkOrder, windows: list[pa.Table], workers: int | None
+) -> Generator[dict[str, Any], None, None]:
     """Run Ray Data over windows of catalog rows; yields the report of each as it is done (``embed_worker.REPORT``).
 
     Workers, with a GPU each where there are any, must see the catalog's and the table's folder. A worker that dies
