@@ -21,7 +21,7 @@ from item_tower.embed import EmbedConfig, embed_texts
 from item_tower.encoder import ItemEncoder, default_device, resolve_model
 from item_tower.prompt import render
 from jobs import embed_items
-from jobs.config import load_config
+from jobs.config import load_config, local_store
 from jobs.context import Context
 from schemas.errors import ConfigError
 from schemas.records import Dataset
@@ -102,7 +102,7 @@ def _cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floa
 def _job(context: Context, config: str, sets: list[str]) -> dict[str, Any]:
     """The real job over the whole catalog, in a store of its own that is empty before and removed afterwards."""
     dataset = context.store.require(Dataset, name=context.config.data.name)
-    root = context.config.store.with_name(f"{context.config.store.name}-bench")
+    root = local_store(context.config).with_name(f"{local_store(context.config).name}-bench")
     shutil.rmtree(root, ignore_errors=True)
     try:
         own = Context(load_config(config, None, [*sets, f'store="{root}"', 'item_tower.use="base"']))

@@ -15,7 +15,7 @@ from jobs.context import Context, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import open_snapshot
 from pipeline.evaluate import rank_targets
-from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.files import next_created_at, record_id, write_record
 from pipeline.metrics import per_user
 from pipeline.splits import queries, training_part
 from schemas.errors import ConfigError
@@ -121,7 +121,7 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
             positions_per_second=round(result.positions_per_second, 1),
             valid=result.best,
         )
-        with new_folder(store.folder(record)) as folder:
+        with store.new(UserTower, record.id) as folder:
             tower.save(folder)
             write_record(folder, record)
         tags = {"user_tower": record.id, "user_fingerprint": made, "snapshot": str(record.snapshot)}

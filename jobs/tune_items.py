@@ -17,7 +17,7 @@ from item_tower.prompt import TemplateConfig, apply_empty_policy, content_keys, 
 from jobs.context import Context, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.evaluate import rank_targets
-from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.files import next_created_at, record_id, write_record
 from pipeline.joint import JointStep
 from pipeline.metrics import per_user
 from pipeline.splits import PROTOCOL, Queries, queries, training_part
@@ -140,7 +140,7 @@ def run(context: Context) -> dict[str, Any]:
             items_unique=step.items_unique,
             valid=result.best,
         )
-        with new_folder(store.folder(record)) as folder:
+        with store.new(ItemTower, record.id) as folder:
             step.encoder.save(folder)
             (folder / "user_tower").mkdir()
             step.tower.save(folder / "user_tower")

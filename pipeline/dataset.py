@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.catalog import SLICE_ROWS
-from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.files import next_created_at, record_id, write_record
 from pipeline.ingest import CleanTables, to_arrow
 from pipeline.store import Store
 from schemas import tables
@@ -71,7 +71,7 @@ def write_dataset(store: Store, name: str, clean: CleanTables) -> tuple[Dataset,
         rows_in=clean.rows_in,
         watermark=int(clean.interactions[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
     )
-    with new_folder(store.folder(record)) as folder:
+    with store.new(Dataset, record.id) as folder:
         pq.write_table(to_arrow(clean.items), folder / "items.parquet", row_group_size=SLICE_ROWS)
         events = tables.check(to_arrow(clean.interactions), tables.INTERACTIONS, "interactions")
         pq.write_table(events, folder / "interactions.parquet")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -54,6 +55,100 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+class Listed(NamedTuple):
+    """A file as a listing shows it. size: bytes; modified: milliseconds."""
+
+    name: str
+    size: int
+    modified: int
+
+
+class Folder(Protocol):
+    """Files under one place, a path or a bucket's URL; names are relative to it, with slashes."""
+
+    def below(self, prefix: str) -> list[Listed]:
+        """All files below a prefix that ends at a slash, by name."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+
+    def source(self, name: str) -> Any:
+        """What Parquet readers open."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    def create(self, name: str, data: Any) -> None:
+        """Write a new file from a buffer, flushed to the disk when this returns."""
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove files; those that are not there do not matter."""
+
+    def flush(self, names: Sequence[str]) -> None:
+        """Flush files that others wrote, and the folders that they lie in, to the disk."""
+
+
+class LocalFolder:
+    """A ``Folder`` on a local or shared file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def below(self, prefix: str) -> list[Listed]:
+        """See ``Folder``."""
+        found = []
+        for path in (self.path / prefix).rglob("*"):
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # removed since it was listed
+                continue
+            if stat.S_ISREG(state.st_mode):
+                name = path.relative_to(self.path).as_posix()
+                found.append(Listed(name, state.st_size, state.st_mtime_ns // 1_000_000))
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """See ``Folder``."""
+        return (self.path / name).read_bytes()
+
+    def source(self, name: str) -> Path:
+        """See ``Folder``."""
+        return self.path / name
+
+    def size(self, name: str) -> int:
+        """See ``Folder``."""
+        return (self.path / name).stat().st_size
+
+    def create(self, name: str, data: Any) -> None:
+        """See ``Folder``. Its readers must not look for it before it is named to them: it grows in place."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+        fsync_path(path.parent)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See ``Folder``."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def flush(self, names: Sequence[str]) -> None:
+        """See ``Folder``."""
+        for name in names:
+            fsync_path(self.path / name)
+        for folder in {(self.path / name).parent for name in names} | {self.path}:
+            fsync_path(folder)
 
 
 @contextmanager
@@ -107,9 +202,17 @@ def read_record(folder: Path, kind: type[R]) -> R:
     """The record of a folder. Raises StoreError when it is damaged or of another store format."""
     path = folder / "record.json"
     try:
-        text = path.read_text()
-        record = kind.model_validate_json(text)
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}; restore it, or remove its folder") from error
+    return parse_record(data, str(path), kind)
+
+
+def parse_record(data: bytes, path: str, kind: type[R]) -> R:
+    """A record from its JSON; path: for messages. Raises StoreError as ``read_record``."""
+    try:
+        record = kind.model_validate_json(data)
+    except ValidationError as error:
         reason = str(error).splitlines()[0]
         raise StoreError(f"{path} cannot be read: {reason}; restore it, or remove its folder") from error
     if record.store_format != STORE_FORMAT:
@@ -118,12 +221,6 @@ def read_record(folder: Path, kind: type[R]) -> R:
             f"use the version that wrote it"
         )
     return record
-
-
-def records(parent: Path, kind: type[R]) -> list[R]:
-    """The records of all folders under ``parent``, oldest first; folders without a record do not exist."""
-    found = [read_record(path.parent, kind) for path in sorted(parent.glob("[!.]*/record.json"))]
-    return sorted(found, key=lambda record: (record.created_at, record.id))
 
 
 def next_created_at(existing: list[R]) -> int:

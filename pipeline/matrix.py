@@ -181,7 +181,7 @@ def _places(store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint6
     places = wanted.join(rows, on=["low", "high"], how="left", maintain_order="left")["place"]
     if places.null_count():
         raise StoreError(
-            f"{places.null_count()} of {len(keys)} vectors are missing from {store.embeddings.root}; "
+            f"{places.null_count()} of {len(keys)} vectors are missing from {store.embeddings.folder}; "
             f"restore it, or run embed-items again"
         )
     return places.cast(pl.Int64).to_numpy()
@@ -189,4 +189,4 @@ def _places(store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint6
 
 def _require_usable(vectors: NDArray[np.floating], file: EmbeddingFile) -> None:
     if not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
-        raise EmbeddingError(f"{file.path} holds vectors that are not finite or are zero; no snapshot was made")
+        raise EmbeddingError(f"{file} holds vectors that are not finite or are zero; no snapshot was made")

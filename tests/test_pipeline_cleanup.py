@@ -14,7 +14,7 @@ from pipeline import cleanup, embeddings
 from pipeline.cache import create_snapshot, open_snapshot, snapshot_items
 from pipeline.catalog import CatalogScan
 from pipeline.cleanup import RetentionConfig, clean, expired
-from pipeline.embeddings import stamped, write_embedding_file
+from pipeline.embeddings import stamped
 from pipeline.gates import GateConfig
 from pipeline.store import Store
 from schemas import tables
@@ -51,7 +51,7 @@ def embed(store: Store, texts: list[str], tower: str = TOWER, run_id: str = "run
             "truncated": pa.array([False] * len(texts)),
         }
     )
-    file = write_embedding_file(store.embeddings.root, tower, stamped(rows, run_id))
+    file = store.embeddings.write(tower, stamped(rows, run_id))
     store.embeddings.commit(tower, [file])
 
 
@@ -76,7 +76,7 @@ def check(store: Store, record: Snapshot, texts: list[str]) -> None:
 
 
 def data_files(store: Store) -> set[str]:
-    return {path.name for path in store.embeddings.root.rglob("*.parquet") if "_delta_log" not in path.parts}
+    return {path.name for path in store.embeddings.folder.path.rglob("*.parquet") if "_delta_log" not in path.parts}
 
 
 def test_what_no_snapshot_needs_is_gone_and_the_rest_opens(store):
@@ -103,13 +103,11 @@ def test_what_is_young_stays_needed_or_not(store):
     embed(store, ["a", "b"])
     first = publish(store, ["a", "b"])
     embed(store, ["of a running job"])
-    unfinished = write_embedding_file(
-        store.embeddings.root, TOWER, tables.EMBEDDINGS.empty_table()
-    )  # of a worker, not committed
+    unfinished = store.embeddings.write(TOWER, tables.EMBEDDINGS.empty_table())  # of a worker, not committed
     publish(store, ["a"])
     done = clean(store, RetentionConfig(days=0, newest=1, job_hours=1))
     assert (done.snapshots, done.rows, done.files) == ([first.id], 0, 0)
-    assert (store.embeddings.root / unfinished["path"]).exists()
+    assert (store.embeddings.folder.path / unfinished["path"]).exists()
     assert len(data_files(store)) == 3
 
 
