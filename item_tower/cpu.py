@@ -76,10 +76,12 @@ def _pack(module: nn.Module) -> None:
 
 
 def speed_up(encoder: ItemEncoder) -> None:
-    """Change an encoder on a CPU in place, for inference alone. Nothing happens on a GPU or in float32."""
+    """Change an encoder on a CPU in place, for inference alone. Nothing happens on a GPU, in float32 or without AVX-512."""
     if encoder.device.type != "cpu" or encoder.config.compute_dtype != "bfloat16":
         return
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # oneDNN refuses to pack where there is no AVX-512
         return
     if encoder.model.config._attn_implementation == "sdpa":
         AttentionInterface.register(_NAME, _short_attention)
