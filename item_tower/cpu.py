@@ -76,7 +76,7 @@ def _pack(module: nn.Module) -> None:
 
 
 def speed_up(encoder: ItemEncoder) -> None:
-    """Change an encoder on a CPU in place, for inference alone. Nothing happens on a GPU, in float32 or without AVX-512."""
+    """Change an encoder on a CPU with AVX-512 in place, for inference alone; elsewhere, or in float32, do nothing."""
     if encoder.device.type != "cpu" or encoder.config.compute_dtype != "bfloat16":
         return
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):

@@ -69,6 +69,7 @@ def run(context: Context, user: str | None, items: list[str], k: int, snapshot: 
         print(f"{score:7.4f}  {titles.get(item_id, item_id)}")
     return {
         "user": user,
+        "skipped_events": len(seen) - len(known),
         "user_tower": serving.record.id,
         "index": index.record.id,
         "items": [

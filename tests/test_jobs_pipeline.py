@@ -157,6 +157,19 @@ def test_yesterdays_user_tower_reads_todays_snapshot_of_the_same_tower(two_tower
     assert "i24" in {item["item_id"] for item in found}
 
 
+def test_events_of_items_that_the_snapshot_lacks_are_skipped_and_counted(two_towers):
+    workspace, _, _ = two_towers
+    items, events = (pl.read_csv(workspace.data(name)) for name in ("items", "events"))
+    new = pl.DataFrame({"item_id": ["i24"], "title": ["The red 24"], "year": ["24"]})
+    pl.concat([items.cast(pl.String), new]).write_csv(workspace.data("items"))
+    first = events.filter(user_id="u0").sort("timestamp").head(1)
+    pl.concat([events, first.with_columns(item_id=pl.lit("i24"))]).write_csv(workspace.data("events"))
+    workspace.run("prepare-data")
+    assert workspace.run("evaluate")["skipped_events"] == 1
+    assert workspace.run("recommend", "--user", "u0", "--k", "3")["skipped_events"] == 1
+    assert workspace.run("recommend", "--user", "u1", "--k", "3")["skipped_events"] == 0
+
+
 def test_a_changed_weight_of_a_tuned_tower_is_refused(two_towers):
     workspace, _, tuned = two_towers
     (weights,) = workspace.store.glob("item_towers/*/model/model.safetensors")
