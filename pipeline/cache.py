@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from pipeline.catalog import CatalogScan
 from pipeline.embeddings import decode_keys, encode_keys, read_keys
-from pipeline.files import next_created_at, record_id, write_record
+from pipeline.files import UNREADABLE, naming, next_created_at, record_id, write_record
 from pipeline.gates import GateConfig, check_collapse
 from pipeline.matrix import ItemMatrix, build_matrix, load_matrix
-from pipeline.store import Store
+from pipeline.store import Store, gone
 from schemas import tables
-from schemas.errors import FingerprintMismatchError, StoreError
+from schemas.errors import DataError, FingerprintMismatchError, StoreError
 from schemas.hashing import Digest
 from schemas.records import Snapshot
 
@@ -157,8 +157,9 @@ def create_snapshot(
     name = record_id(created_at, content)
     with store.new(Snapshot, name) as folder:
         # written before the vectors are looked for: a clean-up counts the keys of what is about to be published
-        pq.write_table(items, folder / "items.parquet", write_page_checksum=True)
-        pq.write_table(quarantine, folder / "quarantine.parquet", write_page_checksum=True)
+        with naming(folder):
+            pq.write_table(items, folder / "items.parquet", write_page_checksum=True)
+            pq.write_table(quarantine, folder / "quarantine.parquet", write_page_checksum=True)
         keys = decode_keys(items.column(tables.KEY))
         digest, vectors = _sealed_matrix(store, fingerprint, keys, dtype, dim)
         record = Snapshot(
@@ -201,9 +202,9 @@ def _read_checked(store: Store, record: Snapshot, name: str, schema: pa.Schema) 
     path = store.folder(record) / name
     try:
         found = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        return tables.check(found, schema, str(path))
+    except (*UNREADABLE, DataError) as error:
         raise StoreError(f"{path} is damaged or missing: {error}; {store.way_out(record)}") from error
-    return tables.check(found, schema, str(path))
 
 
 def read_items(store: Store, record: Snapshot) -> pa.Table:
@@ -225,10 +226,20 @@ def remembered_failures(store: Store, fingerprint: str) -> dict[bytes, str]:
 
 
 def open_snapshot(store: Store, record: Snapshot) -> ItemMatrix:
-    """Open one snapshot, checked against its digests. Raises StoreError when they differ or vectors are lost.
+    """Open one snapshot, checked against its digests. Raises StoreError when they differ or vectors are lost,
+    NotFoundError when a clean-up dropped the snapshot meanwhile.
 
     The second opening on one machine maps the file that the first one wrote.
     """
+    try:
+        return _open(store, record)
+    except StoreError as error:
+        if any(kept.id == record.id for kept in store.all(Snapshot)):
+            raise
+        raise gone(record.id, store) from error
+
+
+def _open(store: Store, record: Snapshot) -> ItemMatrix:
     items = read_items(store, record)
     keys = decode_keys(items.column(tables.KEY))
     shape = (record.items, record.dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,8 +88,9 @@ def clean(store: Store, config: RetentionConfig, now: int | None = None) -> Clea
         done.rows += rows
     kept = {record.vectors_digest for record in store.all(Snapshot)}
     for local in store.matrices.glob("*.bin"):
-        if local.stem not in kept and local.stat().st_mtime * 1000 <= oldest:
-            local.unlink()
+        with suppress(FileNotFoundError):  # a reader builds it anew
+            if local.stem not in kept and local.stat().st_mtime * 1000 <= oldest:
+                local.unlink()
     store.embeddings.vacuum(config.job_hours)
     done.freed = before - store.size()
     return done

@@ -26,9 +26,9 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 from numpy.typing import NDArray
 
-from pipeline.files import Folder
+from pipeline.files import UNREADABLE, Folder, Listed
 from schemas import tables
-from schemas.errors import StoreError
+from schemas.errors import DataError, StoreError
 from schemas.records import STORE_FORMAT
 
 S = TypeVar("S")
@@ -62,21 +62,29 @@ class EmbeddingTable:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
-    def _log(self) -> list[str]:
-        """Names of the log's entries, oldest first."""
-        names = [each.name for each in self.folder.below(_LOG)]
-        return [name for name in names if re.fullmatch(_LOG + r"\d{20}\.json", name)]
+    def _log(self) -> tuple[list[Listed], list[str]]:
+        """What Delta reads: entries after the newest checkpoint (and always the newest one), and the checkpoint."""
+        listed = self.folder.below(_LOG)
+        entries = [each for each in listed if re.fullmatch(_LOG + r"\d{20}\.json", each.name)]
+        checkpoints = [each.name for each in listed if re.fullmatch(_LOG + r"\d{20}\.checkpoint.*", each.name)]
+        newest = checkpoints[-1:]
+        after = [each for each in entries[:-1] if not newest or each.name[:-5] > newest[0]]
+        return after + entries[-1:], newest
 
     def _open(self) -> DeltaTable | None:
-        entries = self._log()
+        entries, _ = self._log()
         if not entries:
             return None
-        _check_log_entry(self.folder, entries[-1])
+        _check_log(self.folder, entries)
         try:
             table = DeltaTable(str(self.folder))
             found = table.metadata().configuration.get(_FORMAT_KEY)
-        except DeltaError as error:
-            raise StoreError(f"{self.folder}: its log cannot be read: {error}; restore it") from error
+        except (DeltaError, OSError) as error:
+            reason = str(error).splitlines()[0]  # a trace of Rust follows
+            raise StoreError(
+                f"{self.folder}: its log cannot be read: {reason}; restore it (a damaged checkpoint may be removed "
+                f"together with _last_checkpoint while every entry of the log is there)"
+            ) from error
         if found != str(STORE_FORMAT):
             raise StoreError(
                 f"{self.folder} has store format {found}, this version reads {STORE_FORMAT}; "
@@ -137,11 +145,10 @@ class EmbeddingTable:
         nothing is committed.
         """
         actions = [_checked_action(self.folder, fingerprint, file) for file in files]
-        before = self.version()
-        if before < 0:
+        if self.version() < 0:
             self._create()
         self._write(DeltaTable(str(self.folder)), actions, mode="append")
-        self._flush_log(before)
+        self._flush_log()
 
     def _create(self) -> None:
         try:
@@ -192,6 +199,7 @@ class EmbeddingTable:
         table = self._open()
         assert table is not None
         table.create_checkpoint()
+        self._flush_log()  # what goes next must not be all that is on the disk
         table.cleanup_metadata()
         return list(gone)
 
@@ -203,7 +211,7 @@ class EmbeddingTable:
             self._write(table, actions, commit_properties=CommitProperties(max_commit_retries=0), **how)
         except CommitFailedError:
             return False
-        self._flush_log(version)
+        self._flush_log()
         return True
 
     def _write(self, table: DeltaTable, actions: list[AddAction], **how: Any) -> None:
@@ -211,25 +219,26 @@ class EmbeddingTable:
             actions, schema=_delta_schema(), partition_by=_PARTITIONS, post_commithook_properties=_HOOKS, **how
         )
 
-    def _flush_log(self, before: int) -> None:
-        new = []
-        for each in self.folder.below(_LOG):
-            number = each.name.removeprefix(_LOG).split(".")[0]
-            if not number.isdigit() or int(number) > before:
-                new.append(each.name)
-        self.folder.flush(new)
+    def _flush_log(self) -> None:
+        """All that is in force: this run may build on a commit that its own writer has not flushed yet."""
+        entries, checkpoint = self._log()
+        hint = [f"{_LOG}_last_checkpoint"] if checkpoint else []
+        self.folder.flush([*(each.name for each in entries), *checkpoint, *hint])
 
 
-def _check_log_entry(folder: Folder, entry: str) -> None:
-    """Delta takes an empty newest entry for a commit that did nothing: a power cut would hide what it held."""
+def _check_log(folder: Folder, entries: Sequence[Listed]) -> None:
+    """Delta takes an empty entry for a commit that did nothing: a power cut would hide what it held."""
+    damaged = next((each.name for each in entries if each.size == 0), None)
     try:
-        for line in folder.read(entry).decode().splitlines() or [""]:
+        for line in folder.read(entries[-1].name).decode().splitlines():
             json.loads(line)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError):
+        damaged = damaged or entries[-1].name
+    if damaged is not None:
         raise StoreError(
-            f"{folder}/{entry} is cut short or damaged; restore it, or remove it: the texts of that commit are "
-            f"embedded again"
-        ) from error
+            f"{folder}/{damaged} is cut short or damaged; restore it, or, if it is the newest, remove it: the texts "
+            f"of that commit are embedded again"
+        )
 
 
 def _delta_schema() -> Schema:
@@ -244,7 +253,7 @@ def _checked_action(folder: Folder, fingerprint: str, file: dict[str, Any]) -> A
         whole = found.metadata.num_rows == file["rows"] and folder.size(file["path"]) == file["size"]
         if not whole or not found.schema_arrow.equals(tables.EMBEDDINGS):
             raise StoreError(f"{path} is not what its worker reported; nothing was committed, run again")
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise StoreError(f"{path} cannot be read back: {error}; nothing was committed, run again") from error
     return AddAction(
         path=file["path"],
@@ -273,11 +282,14 @@ def read_file(file: EmbeddingFile, columns: list[str], *, verify: bool = True) -
     try:
         source = file.folder.source(str(file.path))
         part = pq.ParquetFile(source, page_checksum_verification=verify).read(columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise StoreError(f"embedding file {file} is damaged or missing: {error}; restore it") from error
     if part.num_rows != file.rows:
         raise StoreError(f"embedding file {file} has {part.num_rows} rows, its commit {file.rows}; restore it")
-    return tables.check(part, wanted, str(file))
+    try:
+        return tables.check(part, wanted, f"embedding file {file}")
+    except DataError as error:
+        raise StoreError(f"{error}; restore it") from error
 
 
 def on_threads(work: Callable[[S], T], parts: Sequence[S]) -> Iterator[T]:

@@ -9,10 +9,11 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from schemas.errors import DiskFullError, StoreError
@@ -20,26 +21,57 @@ from schemas.records import STORE_FORMAT, Record
 
 R = TypeVar("R", bound=Record)
 
+# what pyarrow raises for a damaged Parquet file; the last for a damaged column name
+UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError out of the block names the file, which calls by descriptor and Parquet writers leave out."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
 
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def disk_full(error: BaseException) -> DiskFullError | None:
     """The error to show if ``error`` or what caused it says that the disk is full, else None."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _causes(error):
         full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
         # Ray, Delta, SQLite and Rust wrap the error and keep only its words
         words = ("No space left on device", "database or disk is full", "StorageFull")
         if full or any(word in str(seen) for word in words):
             return DiskFullError("the disk is full; nothing was published. Free space and run the command again")
-        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def disk_broken(error: BaseException) -> StoreError | None:
+    """The error to show if ``error`` or what caused it says that a disk cannot be read or written, else None."""
+    for seen in _causes(error):
+        if isinstance(seen, OSError) and seen.errno == errno.EIO:
+            where = seen.filename or "a file of the store"
+        elif "Input/output error" in str(seen):
+            where = next(line.strip() for line in str(seen).splitlines() if "Input/output error" in line)
+        else:
+            continue
+        return StoreError(f"{where}: the disk reports an input/output error. Check it and run the command again")
     return None
 
 
@@ -47,7 +79,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Write aside, fsync, rename: a reader sees the old file, or the new one whole."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with aside.open("wb") as file:
+        with naming(path), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -128,7 +160,7 @@ class LocalFolder:
         """See ``Folder``. Its readers must not look for it before it is named to them: it grows in place."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
+        with naming(path), path.open("xb") as file:
             try:
                 file.write(data)
                 file.flush()
@@ -146,8 +178,9 @@ class LocalFolder:
     def flush(self, names: Sequence[str]) -> None:
         """See ``Folder``."""
         for name in names:
-            fsync_path(self.path / name)
-        for folder in {(self.path / name).parent for name in names} | {self.path}:
+            with suppress(FileNotFoundError):  # removed since it was listed
+                fsync_path(self.path / name)
+        for folder in {(self.path / name).parent for name in names} | {self.path, self.path.parent}:
             fsync_path(folder)
 
 
@@ -157,7 +190,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     If ``path`` already exists then, what is there stays: names in the store are never reused for other content.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fsync_path(path.parent.parent)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     aside.mkdir()
     try:
@@ -186,11 +221,13 @@ def remove_folder(path: Path) -> None:
 def sweep(parent: Path, oldest: int) -> None:
     """Remove what killed runs left aside under ``parent`` before ``oldest`` (milliseconds)."""
     for path in parent.glob(".*"):
-        if path.stat().st_mtime * 1000 <= oldest:
+        with suppress(FileNotFoundError):  # its run has just ended
+            if path.stat().st_mtime * 1000 > oldest:
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
 
 
 def write_record(folder: Path, record: Record) -> None:

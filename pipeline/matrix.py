@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_file, read_keys
+from pipeline.files import naming
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import EmbeddingError, StoreError
@@ -121,8 +122,9 @@ def _build(
         parts = [(files[n], order[bounds[n] : bounds[n + 1]], int(starts[n])) for n in used]
         try:
             # checksums are worth threads; bare copies only get in each other's way
-            for _ in on_threads(fill, parts) if check else map(fill, parts):
-                pass
+            with naming(store.matrices):
+                for _ in on_threads(fill, parts) if check else map(fill, parts):
+                    pass
         finally:
             os.close(output)
         digest = block_digest(vectors)
@@ -136,7 +138,7 @@ def _build(
 def _allocate(path: Path, dtype: str, shape: tuple[int, int]) -> NDArray[np.floating]:
     kind = np.dtype(dtype).newbyteorder("<")
     size = shape[0] * shape[1] * kind.itemsize
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         if size:  # now, in one line, and not as a bus error when a page is first written
             os.posix_fallocate(file.fileno(), 0, size)
     return np.memmap(path, dtype=kind, mode="r+", shape=shape) if size else np.zeros(shape, dtype=kind)

@@ -15,7 +15,17 @@ import pyarrow.parquet as pq
 
 from pipeline.bucket import Bucket
 from pipeline.embeddings import EmbeddingTable
-from pipeline.files import Listed, LocalFolder, new_folder, parse_record, read_record, remove_folder, sweep
+from pipeline.files import (
+    UNREADABLE,
+    Listed,
+    LocalFolder,
+    naming,
+    new_folder,
+    parse_record,
+    read_record,
+    remove_folder,
+    sweep,
+)
 from schemas.errors import NotFoundError, StoreError
 from schemas.hashing import hash_texts
 from schemas.records import Dataset, Index, ItemTower, Record, Snapshot, UserTower
@@ -39,6 +49,14 @@ MADE_BY: dict[type[Record], str] = {
 _TABLE = "item_embeddings"
 _ITEMS = "items.parquet"
 _RECORD = "record.json"
+
+
+def gone(snapshot_id: str, store: Store) -> NotFoundError:
+    """What to raise for a snapshot that is not, or no longer, there."""
+    return NotFoundError(
+        f"no snapshots called {snapshot_id!r} in {store}/{FOLDERS[Snapshot]}; if it was, `hllm snapshots clean` "
+        f"dropped it past retention. `hllm snapshots list` names those that are kept"
+    )
 
 
 class Store:
@@ -104,7 +122,8 @@ class Store:
         folder = self.parent(Snapshot) / f".wanted.{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         try:
-            pq.write_table(items, folder / _ITEMS)
+            with naming(folder):
+                pq.write_table(items, folder / _ITEMS)
             yield
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +134,7 @@ class Store:
         for path in list(self.parent(Snapshot).glob(f".*/{_ITEMS}")):
             try:
                 found.append(pq.read_table(path, columns=[column]).column(column))
-            except (OSError, pa.ArrowException):  # published, given up, or not yet whole
+            except UNREADABLE:  # published, given up, or not yet whole
                 continue
         return found
 
@@ -156,6 +175,8 @@ class Store:
         """The record of that id, or of the only id that starts so. Raises NotFoundError."""
         ids = self._ids(kind)
         matches = [each for each in ids if each == record_id] or [each for each in ids if each.startswith(record_id)]
+        if not matches and kind is Snapshot:
+            raise gone(record_id, self)
         if len(matches) != 1:
             what = "no" if not matches else f"{len(matches)}"
             raise NotFoundError(f"{what} {FOLDERS[kind]} called {record_id!r} in {self}/{FOLDERS[kind]}")
