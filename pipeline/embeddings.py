@@ -196,6 +196,9 @@ class EmbeddingTable:
             dry_run=False,
             full=True,
         )
+        oldest = time.time_ns() // 1_000_000 - math.ceil(hours) * 3_600_000
+        staged = [each for each in self.folder.below(_LOG) if re.search(r"#\d+$|\.tmp$", each.name)]
+        self.folder.delete([each.name for each in staged if each.modified <= oldest])  # of killed commits
         table = self._open()
         assert table is not None
         table.create_checkpoint()
