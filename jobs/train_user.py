@@ -21,7 +21,8 @@ from pipeline.splits import queries, training_part
 from schemas.errors import ConfigError
 from schemas.records import Snapshot, UserTower
 from user_tower.model import UserTower as UserTowerModel
-from user_tower.sequences import Batch, training_batches
+from user_tower.negatives import NegativeSampler
+from user_tower.sequences import Batch, target_counts, training_batches
 from user_tower.train import FitResult, UserStep, fit
 
 
@@ -64,13 +65,15 @@ def _train(context: Context, features: Features) -> tuple[UserTowerModel, FitRes
     validation = queries(histories, "valid").map_items(features.rows)
     torch.manual_seed(config.train.seed)
     vocabulary = None
-    if features.vectors is None:
+    if config.user_tower.features != "text":
         vocabulary = [features.item_ids[row] for row in np.unique(training.items)]
     item_dim = None if features.vectors is None else features.vectors.shape[1]
     tower = UserTowerModel(config.user_tower, item_dim, vocabulary).to(default_device())
     catalog = tower.catalog(features.item_ids, features.vectors, features.groups)
     candidates = torch.from_numpy(np.flatnonzero(features.available)).to(catalog.groups.device)
-    step = UserStep(tower, catalog, candidates, config.train.negatives)
+    counts = torch.from_numpy(target_counts(training, len(features.item_ids))).to(candidates.device)
+    sampler = NegativeSampler(candidates, counts, config.train.negatives, config.train.sampling)
+    step = UserStep(tower, catalog, sampler)
 
     def batches(epoch: int) -> Iterable[Batch]:
         rng = np.random.default_rng([config.train.seed, epoch])

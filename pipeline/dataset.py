@@ -86,7 +86,9 @@ def open_dataset(store: Store, record: Dataset) -> OpenDataset:
     folder = store.folder(record)
     try:
         items = pq.read_table(folder / "items.parquet")
-        events = pq.read_table(folder / "interactions.parquet", columns=[tables.USER_ID, tables.ITEM_ID])
+        events = pq.read_table(
+            folder / "interactions.parquet", columns=[tables.USER_ID, tables.ITEM_ID, tables.TIMESTAMP]
+        )
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"data set {folder} cannot be read: {error}; run prepare-data again") from error
     return OpenDataset(record, items, _histories(items, events))
@@ -97,4 +99,9 @@ def _histories(items: pa.Table, events: pa.Table) -> Histories:
     rows = pl.DataFrame(events).join(catalog, on=tables.ITEM_ID, how="left", maintain_order="left")
     counts = rows.group_by(tables.USER_ID, maintain_order=True).len()
     offsets = np.concatenate([[0], np.cumsum(counts["len"].to_numpy())]).astype(np.int64)
-    return Histories(counts[tables.USER_ID].to_list(), offsets, rows["catalog_row"].to_numpy().astype(np.int64))
+    return Histories(
+        counts[tables.USER_ID].to_list(),
+        offsets,
+        rows["catalog_row"].to_numpy().astype(np.int64),
+        rows[tables.TIMESTAMP].to_numpy().astype(np.int64),
+    )

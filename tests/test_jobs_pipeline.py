@@ -204,6 +204,30 @@ def test_a_decoder_with_an_item_token_runs_the_same_path(workspace, embed_here, 
     assert workspace.run("evaluate", *sets)["metrics"]["recall@1"] == 1.0
 
 
+def test_a_tower_of_text_and_ids_that_reads_times_solves_the_board_too(workspace, embed_here):
+    sets = (
+        "--set", "item_tower.use=base", "--set", "user_tower.backbone=hstu", "--set", "user_tower.features=text+id",
+        "--set", "user_tower.timestamps=true", "--set", "train.sampling=mixed", "--set", "train.negatives=12",
+    )  # fmt: skip
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *sets)
+    workspace.run("train-user", *sets)
+    assert workspace.run("evaluate", *sets)["metrics"]["recall@1"] == 1.0
+    assert "run hllm build-index" in workspace.fails("recommend", "--items", "i0,i2", *sets)["error"]
+    workspace.run("build-index", *sets)
+    for who in (("--items", "i0,i2,i4"), ("--user", "u1")):
+        found = workspace.run("recommend", *who, "--k", "3", *sets)["items"]
+        assert {int(item["item_id"][1:]) % 2 for item in found} == {0}
+    items = pl.read_csv(workspace.data("items"))
+    new = pl.DataFrame({"item_id": ["i24"], "title": ["The red 24"], "year": ["24"]})
+    pl.concat([items.cast(pl.String), new]).write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *sets)
+    workspace.run("build-index", *sets)
+    found = workspace.run("recommend", "--items", "i0,i2,i4", "--k", "10", *sets)["items"]
+    assert "i24" in {item["item_id"] for item in found}  # never seen by the tower, known by its text
+
+
 @pytest.mark.ray
 def test_embed_items_on_a_real_ray_session(workspace, bert_folder):
     """Two workers, windows of 5 texts, one commit; then a worker's error arrives as one line."""
