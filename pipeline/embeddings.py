@@ -38,6 +38,7 @@ _FORMAT_KEY = "hllm.store_format"
 _PARTITIONS = [tables.FINGERPRINT, tables.FILE]
 _LOG = "_delta_log/"
 _READERS = 4
+_BATCH_ROWS = 8_192
 _HOOKS = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
@@ -281,7 +282,6 @@ def read_file(file: EmbeddingFile, columns: list[str], *, verify: bool = True) -
     verify: check the page checksums, which takes ten times as long; without it what is read must be checked against
     a digest.
     """
-    wanted = pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
     try:
         source = file.folder.source(str(file.path))
         part = pq.ParquetFile(source, page_checksum_verification=verify).read(columns=columns, use_threads=False)
@@ -290,9 +290,34 @@ def read_file(file: EmbeddingFile, columns: list[str], *, verify: bool = True) -
     if part.num_rows != file.rows:
         raise StoreError(f"embedding file {file} has {part.num_rows} rows, its commit {file.rows}; restore it")
     try:
-        return tables.check(part, wanted, f"embedding file {file}")
+        return tables.check(part, _only(*columns), f"embedding file {file}")
     except DataError as error:
         raise StoreError(f"{error}; restore it") from error
+
+
+def read_column(file: EmbeddingFile, column: str, *, verify: bool) -> Iterator[tuple[int, pa.ChunkedArray]]:
+    """(first row, values) of one column in small parts, which are decoded into the same memory again and again.
+
+    Raises StoreError as ``read_file``; verify: as there.
+    """
+    at = 0
+    try:
+        source = file.folder.source(str(file.path))
+        opened = pq.ParquetFile(source, page_checksum_verification=verify)
+        for batch in opened.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
+            part = tables.check(pa.Table.from_batches([batch]), _only(column), f"embedding file {file}")
+            yield at, part.column(column)
+            at += batch.num_rows
+    except UNREADABLE as error:
+        raise StoreError(f"embedding file {file} is damaged or missing: {error}; restore it") from error
+    except DataError as error:
+        raise StoreError(f"{error}; restore it") from error
+    if at != file.rows:
+        raise StoreError(f"embedding file {file} has {at} rows, its commit {file.rows}; restore it")
+
+
+def _only(*columns: str) -> pa.Schema:
+    return pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
 
 
 def on_threads(work: Callable[[S], T], parts: Sequence[S]) -> Iterator[T]:

@@ -23,7 +23,7 @@ from pipeline.catalog import CatalogScan
 from pipeline.embeddings import stamped
 from pipeline.gates import GateConfig
 from pipeline.store import Store
-from schemas import tables
+from schemas import hashing, tables
 from schemas.errors import EmbeddingError, FingerprintMismatchError, GateError, StoreError
 from schemas.records import STORE_FORMAT, Snapshot
 
@@ -114,6 +114,23 @@ def test_the_second_opening_reads_no_table_and_a_damaged_local_file_is_built_aga
         assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
     shutil.rmtree(store.matrices)
     assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
+
+
+@pytest.mark.parametrize("block", [3, 10, 64, 1 << 20])
+def test_blocks_are_hashed_as_they_fill_in_whatever_order(store, monkeypatch, block):
+    monkeypatch.setattr(hashing, "BLOCK_BYTES", block)
+    monkeypatch.setattr(matrix, "BLOCK_BYTES", block)
+    rng = np.random.default_rng(block)
+    keys = [bytes(rng.integers(0, 256, 16, dtype=np.uint8)) for _ in range(200)]
+    wide = {key: [float(number), -1.0] for number, key in enumerate(keys)}
+    for part in np.array_split(rng.permutation(200), 5):
+        store.embeddings.commit(TOWER, [write(store, {keys[row]: wide[keys[row]] for row in part})])
+    ids = [f"i{number:03}" for number in range(200)]
+    record = publish(store, ids, keys)
+    monkeypatch.setattr(matrix, "build_matrix", None)
+    assert open_snapshot(store, record).vectors[:, 0].tolist() == list(
+        range(200)
+    )  # mapped: the digest is that of all
 
 
 def test_another_tower_reuses_nothing(store):
