@@ -122,7 +122,7 @@ def test_blocks_are_hashed_as_they_fill_in_whatever_order(store, monkeypatch, bl
     monkeypatch.setattr(matrix, "BLOCK_BYTES", block)
     rng = np.random.default_rng(block)
     keys = [bytes(rng.integers(0, 256, 16, dtype=np.uint8)) for _ in range(200)]
-    wide = {key: [float(number), -1.0] for number, key in enumerate(keys)}
+    wide = {key: rng.normal(size=2).astype(np.float16).tolist() for key in keys}
     for part in np.array_split(rng.permutation(200), 5):
         store.embeddings.commit(TOWER, [write(store, {keys[row]: wide[keys[row]] for row in part})])
     ids = [f"i{number:03}" for number in range(200)]
