@@ -143,7 +143,7 @@ def rows_of(store: Store) -> int:
 
 def strike(run: Run, store: Store, victim: str, moment: str, rng: random.Random, usual: float) -> bool:
     """Kill the victim at that moment; returns whether it came to that."""
-    log = store.embeddings.root / "_delta_log"
+    log = store.root / "item_embeddings" / "_delta_log"
     commits, snapshots = len(list(log.glob("*.json"))), len(store.all(Snapshot))
     if moment == "any":
         end = time.time() + rng.uniform(0.2, 1.0) * usual
@@ -181,7 +181,8 @@ def test_a_killed_run_leaves_nothing_half_done(workspace, reader, victim):
         runs.append(run)
         now, there = rows_of(store), len(store.all(Snapshot))
         assert committed <= now <= ITEMS * (season + 1)
-        print(f"{victim} {number} {moment} hit={hit} status={run.driver.returncode} rows={now - ITEMS * season}")
+        with workspace.capsys.disabled():
+            print(f"{victim} {number} {moment} hit={hit} status={run.driver.returncode} rows={now - ITEMS * season}")
         assert published <= there <= season + 1
         if done is not None:
             assert done["embedded"] == ITEMS * (season + 1) - committed  # what was committed is not embedded again
@@ -204,4 +205,5 @@ def test_a_killed_run_leaves_nothing_half_done(workspace, reader, victim):
     for record in store.all(Snapshot):
         assert len(open_snapshot(store, record).vectors) == ITEMS
     assert all(run.gone() for run in runs)
-    print(f"{victim}: {dict(struck)}, {season} catalogs, {sum(opened.values())} openings by the reader")
+    with workspace.capsys.disabled():
+        print(f"{victim}: {dict(struck)}, {season} catalogs, {sum(opened.values())} openings by the reader")
