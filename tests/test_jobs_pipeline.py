@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -185,6 +186,28 @@ def test_a_changed_weight_of_a_tuned_tower_is_refused(two_towers):
     assert workspace.published() == before
     assert error["kind"] == "FingerprintMismatch"
     assert tuned["fingerprint"] in error["error"]
+
+
+def test_going_back_to_the_first_tower_costs_no_embedding(workspace, embed_here):
+    workspace.run("prepare-data")
+    workspace.run("tune-items", "--set", "tune.warmup_epochs=0")
+    names = ("frozen-cache", "tuned-cache")
+    made = {name: workspace.run("embed-items", "--name", name) for name in names}
+    calls = len(embed_here)
+    for name in names:
+        again = workspace.run("embed-items", "--name", name)
+        assert (again["embedded"], again["snapshot"]) == (0, made[name]["snapshot"])
+        exported = workspace.run("export-items", "--name", name, "--out", str(workspace.folder / name))
+        assert (exported["snapshot"], exported["fingerprint"]) == (made[name]["snapshot"], made[name]["fingerprint"])
+    items = pl.read_csv(workspace.data("items"))
+    items.filter(pl.col("item_id") != "i5").write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+    for name in names:  # another content: new snapshots of each, of the vectors that are there
+        assert workspace.run("embed-items", "--name", name)["embedded"] == 0
+    assert len(embed_here) == calls
+    frozen, tuned = (pl.read_parquet(workspace.folder / name) for name in names)
+    assert frozen["item_id"].equals(tuned["item_id"])
+    assert (np.array(frozen["embedding"].to_list()) != np.array(tuned["embedding"].to_list())).any(axis=1).all()
 
 
 def test_a_copied_store_is_the_same_store(two_towers, tmp_path):
