@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         self.dtype = dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 4096)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.after = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+        self.after: tuple[str, list[float], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out]."""
