@@ -196,25 +196,45 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, strace):
         shutil.copytree(whole, store.root)
 
 
-@pytest.mark.slow
-def test_fsync_of_data_log_and_folders_comes_before_success_is_printed(tmp_path, strace):
-    done = traced(tmp_path, "-y", "-e", "trace=fsync,fdatasync,linkat,rename,write")
-    assert done.returncode == 0
-    lines = (tmp_path / "trace").read_text().splitlines()
-    store = Store(tmp_path / "store")
-    (record,) = store.all(Snapshot)
-    printed = next(n for n, line in enumerate(lines) if re.search(rf' write\(1<.*"{record.id}', line))
-    parts = [file for file in (tmp_path / "store").rglob("*") if file.suffix in (".parquet", ".json")]
-    wanted = [str(part) for part in parts if record.id not in part.parts]
-    wanted += [str(part) for part in {part.parent for part in parts if record.id not in part.parts}]
-    wanted += [str(store.root / "item_embeddings"), str(store.root / "snapshots"), str(store.root)]
+def require_flushed_before_success(trace: Path, root: Path) -> None:
+    """Of a run that made the one snapshot of a store: fsync of every file and folder, then the words of success."""
+    lines = trace.read_text().splitlines()
+    (record,) = Store(root).all(Snapshot)
+    printed = next(n for n, line in enumerate(lines) if re.search(rf" write\(1<.*{record.id}", line))
+    parts = [file for file in root.glob("item_embeddings/**/*") if file.suffix in (".parquet", ".json")]
+    wanted = [str(path) for path in [*parts, *(part.parent for part in parts), root / "item_embeddings", root]]
     synced = [re.search(r" f(?:data)?sync\(\d+<(.*?)>", line) for line in lines[:printed]]
     names = [found.group(1) for found in synced if found]
     assert [path for path in wanted if path not in names] == []
-    aside = str(store.root / "snapshots" / f".{record.id}.")
+    aside = str(root / "snapshots" / f".{record.id}.")
     for file in ("items.parquet", "quarantine.parquet", "record.json"):
         assert any(name.startswith(aside) and name.endswith(f"/{file}") for name in names)
     # its folder gets its name after that, and the name is flushed
     (named,) = [n for n, line in enumerate(lines) if " rename(" in line and line.endswith(f'/{record.id}") = 0')]
-    assert all(aside not in line for line in lines[named + 1 : printed] if "fsync" in line)
-    assert any(re.search(rf"fsync\(\d+<{store.root}/snapshots>", line) for line in lines[named:printed])
+    assert not any(" fsync(" in line and aside in line for line in lines[named:printed])
+    assert any(re.search(rf" fsync\(\d+<{root}/snapshots>", line) for line in lines[named:printed])
+
+
+CALLS = ("-y", "-s", "200", "-e", "trace=fsync,fdatasync,linkat,rename,write")
+
+
+@pytest.mark.slow
+def test_fsync_of_data_log_and_folders_comes_before_success_is_printed(tmp_path, strace):
+    assert traced(tmp_path, *CALLS).returncode == 0
+    require_flushed_before_success(tmp_path / "trace", tmp_path / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_embed_items_says_success_after_all_of_it_is_on_the_disk(workspace, strace):
+    """The command itself, its worker in Ray: strace follows the whole tree of processes."""
+    workspace.run("prepare-data")
+    trace = workspace.folder / "trace"
+    command = [sys.executable, "-m", "jobs", "embed-items", "--config", str(workspace.toml)]
+    done = subprocess.run(
+        ["strace", "-f", "--seccomp-bpf", "-qq", "-o", str(trace), *CALLS, *command, "--set", "item_tower.use=base"],
+        capture_output=True, text=True, timeout=500, env=os.environ | {"PYTHONPATH": str(NIGHT.parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    require_flushed_before_success(trace, workspace.store)
