@@ -34,7 +34,7 @@ ITEMS = 3_000
 CHUNK = 250
 SETTINGS = (
     "--set", "item_tower.use=base", "--set", f"embed.window={CHUNK}", "--set", f"embed.commit_texts={CHUNK}",
-    "--set", "embed.token_budget=32", "--set", "gates.max_collapsed=1", "--allow-full",
+    "--set", "embed.token_budget=128", "--set", "gates.max_collapsed=1", "--allow-full",
 )  # fmt: skip
 VICTIMS = {"worker": "MapWorker", "raylet": "raylet/raylet"}
 
