@@ -19,8 +19,8 @@ from schemas.records import Snapshot
 
 ROUNDS = 20
 NIGHT = Path(__file__).with_name("night.py")
-# nothing younger than 8 seconds is touched: longer than a night here, and shorter than the test
-RETENTION = RetentionConfig(days=0, newest=3, job_hours=8 / 3600)
+# nothing younger than 15 seconds is touched: longer than a night here, and shorter than the test
+RETENTION = RetentionConfig(days=0, newest=3, job_hours=15 / 3600)
 
 
 @pytest.mark.slow
