@@ -150,7 +150,7 @@ def strike(run: Run, store: Store, victim: str, moment: str, rng: random.Random,
         run.wait_for(lambda: time.time() > end)
     elif moment == "work":
         run.wait_for(lambda: any("MapWorker" in line for line in run.processes().values()))
-        end = time.time() + rng.uniform(0, 0.5) * usual
+        end = time.time() + rng.uniform(0, 0.2) * usual
         run.wait_for(lambda: time.time() > end)
     elif moment == "commit":
         more = rng.randint(1, ITEMS // CHUNK)
