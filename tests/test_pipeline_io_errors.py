@@ -80,7 +80,7 @@ def go_on(store: Store) -> None:
     check(store)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("number", NUMBERS, ids=["EIO", "ENOSPC"])
 @pytest.mark.parametrize(("module", "name"), PLACES, ids=lambda part: getattr(part, "__name__", part))
 def test_a_failing_call_ends_the_night_and_the_next_one_goes_on(tmp_path, monkeypatch, module, name, number):
     """Each call in its turn, until a night makes fewer of them."""
