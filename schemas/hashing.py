@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 DIGEST_BYTES = 16
@@ -61,3 +62,9 @@ def block_digest(array: Any) -> str:
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
         digests = list(pool.map(lambda block: hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest(), blocks))
     return hash_bytes(len(data).to_bytes(8, "little"), *digests).hex()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b-128 of a file's bytes; 32 hexadecimal characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
