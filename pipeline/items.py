@@ -81,12 +81,15 @@ def _newest(rows: pl.DataFrame, given: Delivery, intake: Intake) -> pl.DataFrame
 
 def clean_items(config: DataConfig, given: Delivery, intake: Intake) -> tuple[pl.DataFrame, pl.Series]:
     """Items sorted by id, and every id of the feed, also of items that are filtered. Raises DataError."""
-    rows = _newest(_read_items(config, given, intake), given, intake)
-    intake.check_share()
+    rows = _read_items(config, given, intake)
+    if not rows.is_empty():
+        rows = _newest(rows, given, intake)
+        intake.check_share()
     good = apply(rows.drop(ROW, _FILE, strict=False), item_filter(config.filters, rows), intake.filtered)
     if good.is_empty():
         raise DataError(
-            f"{config.items}: the catalog is empty: none of its {intake.rows_in} rows can be used ({intake.filtered})"
+            f"{config.items}: the catalog is empty: none of its {intake.rows_in} rows can be used "
+            f"({intake.rejected} rejected, filtered {intake.filtered})"
         )
     intake.check_sum(good.height)
     return good[good[tables.ITEM_ID].arg_sort()], rows[tables.ITEM_ID]

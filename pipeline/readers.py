@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from schemas.errors import DataError
 
 ROW = "__row"
-BLOCK = 16 << 20  # bytes of text parsed at once; no row may be longer
+BLOCK = 16 << 20  # bytes of text parsed at once; a row must fit into two of them
 PARQUET_ROWS = 131_072
 JSON_ROWS = 50_000
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -98,15 +98,24 @@ def _numbers(start: int, count: int, bad: list[int]) -> NDArray[np.int64]:
     return np.setdiff1d(numbers, inside)[:count] if len(inside) else numbers
 
 
+def _is_text(cell: bytes | None) -> bool:
+    try:
+        return cell is None or isinstance(cell.decode(), str)
+    except UnicodeDecodeError:
+        return False
+
+
 def _as_text(table: pl.DataFrame) -> tuple[pl.DataFrame, list[Rejected]]:
     """Bytes to text; rows with bytes that are not UTF-8 are handed back, never mended."""
     names = [name for name, dtype in table.schema.items() if dtype == pl.Binary]
-    text = table.with_columns(pl.col(names).cast(pl.String, strict=False)) if names else table
-    lost = [name for name in names if text[name].null_count() > table[name].null_count()]
-    if not lost:
-        return text, []
-    broken = pl.any_horizontal(text[name].is_null() & table[name].is_not_null() for name in lost)
-    mask = table.select(broken).to_series()
+    if not names:
+        return table, []
+    try:
+        return table.with_columns(pl.col(names).cast(pl.String)), []
+    except pl.exceptions.ComputeError:  # one cell or more is not text: look at each
+        fine = [all(map(_is_text, cells)) for cells in table.select(names).rows()]
+    mask = ~pl.Series(fine, dtype=pl.Boolean)
+    text = table.filter(~mask).with_columns(pl.col(names).cast(pl.String))
     rejected = []
     for row in table.filter(mask).rows(named=True):
         number = row.pop(ROW)
@@ -115,7 +124,7 @@ def _as_text(table: pl.DataFrame) -> tuple[pl.DataFrame, list[Rejected]]:
             for name, value in row.items()
         }
         rejected.append(Rejected(number, "bytes that are not UTF-8", as_json(cells)))
-    return text.filter(~mask), rejected
+    return text, rejected
 
 
 def as_json(row: dict[str, Any]) -> str:
