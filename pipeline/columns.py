@@ -38,8 +38,10 @@ def as_id(column: pl.Series, path: Path) -> pl.Series:
 
 def _text_times(text: pl.Series) -> pl.Series:
     """Milliseconds of times that are written as text: numbers, or one of TIME_FORMATS; null where unreadable."""
-    text = text.str.strip_chars()
     numbers = _scaled(text.cast(pl.Int64, strict=False))
+    if numbers.null_count() == text.null_count():
+        return numbers
+    text = text.str.strip_chars()
     if numbers.null_count() > text.null_count():
         numbers = numbers.zip_with(numbers.is_not_null(), _scaled(text.cast(pl.Float64, strict=False)))
     for form in TIME_FORMATS:

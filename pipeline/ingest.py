@@ -42,7 +42,12 @@ class CleanTables:
     @property
     def interactions(self) -> pl.DataFrame:
         """The events as one table with their ids, for data that is small."""
-        return pl.concat([pl.DataFrame(tables.INTERACTIONS.empty_table()), *map(pl.DataFrame, self.events.slices())])
+        return pl.concat(
+            [
+                pl.DataFrame(tables.INTERACTIONS.empty_table()),
+                *map(pl.DataFrame, self.events.slices()),
+            ]
+        )
 
 
 def _check_swapped(events: pl.DataFrame, path: Path) -> None:

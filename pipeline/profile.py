@@ -145,7 +145,9 @@ def _drift(
 
 
 def drift_rows(found: dict[str, Any]) -> list[list[str]]:
-    """The figures that a report shows: name, now, and before where it is another."""
+    """The figures that a report shows: name, now, and before where it was another; none without a profile."""
+    if not found:
+        return []
     changed = (found.get("drift") or {}).get("changed", {})
     rows = []
     for part in ("items", "interactions"):
@@ -153,8 +155,7 @@ def drift_rows(found: dict[str, Any]) -> list[list[str]]:
             if isinstance(value, int | float | str):
                 then = changed.get(f"{part}.{name}")
                 rows.append([f"{part}: {name}", str(value), "" if then is None else str(then[0])])
-    for name, spread in (("items: tokens, mean", found["items"]["tokens"]),):
-        rows.append([name, str(spread.get("mean", "unknown")), ""])
+    rows.append(["items: tokens, mean", str(found["items"]["tokens"].get("mean", "unknown")), ""])
     for part in ("rows_in", "filtered", "quarantined"):
         rows.extend([f"{part}: {name}", str(count), ""] for name, count in found[part].items())
     return rows

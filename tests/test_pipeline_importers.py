@@ -1,4 +1,4 @@
-"""Every format on dirty files: nothing crashes, nothing is lost, and what was left out has its file, row and reason."""
+"""Every format on dirty files: nothing crashes, nothing is lost, what was left out has its file, row and reason."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_encodings_are_what_is_configured_and_never_guessed(put):
     assert run(put("i.csv", b"\xef\xbb\xbf" + items.encode()), events).items["title"].to_list() == ["Café"]
     with pytest.raises(DataError, match=r"is UTF-16, not UTF-8; set data.encoding"):
         run(put("i.csv", items.encode("utf-16")), events)
-    with pytest.raises(DataError, match="none of its 1 rows can be used|catalog is empty"):
+    with pytest.raises(DataError, match=r"the catalog is empty: none of its 1 rows can be used"):
         run(put("i.csv", items.encode("latin-1")), events)
     with pytest.raises(DataError, match=r"unknown encoding: klingon; set data.encoding"):
         run(put("i.csv", items.encode()), events, encoding="klingon")
@@ -377,7 +377,7 @@ def test_folders_of_daily_files_each_content_once(put, tmp_path):
     assert ([path.name for path in given.files], given.again) == (["day-1.csv", "day-2.csv.gz", "day-4.csv"], 1)
     assert clean.rows_in["interactions"] == len(clean.events) == 4
     assert run(items, tmp_path / "log" / "day-[12].csv*").rows_in["interactions"] == 4
-    with pytest.raises(DataError, match="no files there; set data.interactions"):
+    with pytest.raises(DataError, match=r"no files there; set data\.interactions"):
         run(items, tmp_path / "log" / "*.nothing")
     put("catalog/1.csv", b"item_id,title\na,old\nb,B\n")
     put("catalog/2.csv", b"item_id,title,colour\na,new,red\nc,C,blue\n")
