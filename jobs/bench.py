@@ -9,7 +9,7 @@ import numpy as np
 
 from jobs import bench_cache, bench_embed, bench_ingest, demo, train_user
 from jobs.compare_runs import newest_runs, user_values
-from jobs.config import load_config
+from jobs.config import load_config, local_store
 from jobs.context import Context
 from pipeline.metrics import bootstrap, paired_difference
 
@@ -28,7 +28,7 @@ def seeds(config: str, sets: list[str]) -> dict[str, Any]:
     by_name: dict[str, list[np.ndarray]] = {}
     rows = []
     for seed in SEEDS:
-        store = base.store.with_name(f"{base.store.name}-seeds") / f"seed-{seed}"
+        store = local_store(base).with_name(f"{local_store(base).name}-seeds") / f"seed-{seed}"
         own = [f'store="{store}"', f"train.seed={seed}", f"tune.train.seed={seed}"]
         context = demo.run_steps(config, [*sets, *own])
         figures = {}

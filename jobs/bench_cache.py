@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from item_tower.prompt import TemplateConfig
-from jobs.config import load_config
+from jobs.config import load_config, local_store
 from pipeline.cache import create_snapshot, open_snapshot, plan_embedding, snapshot_items
 from pipeline.catalog import SLICE_ROWS, CatalogScan, scan_catalog
-from pipeline.embeddings import encode_keys, stamped, write_embedding_file
+from pipeline.embeddings import encode_keys, stamped
 from pipeline.gates import GateConfig
 from pipeline.store import Store
 from schemas import tables
@@ -61,7 +61,7 @@ def _fill(store: Store, scan: CatalogScan, dim: int) -> None:
                 tables.TRUNCATED: np.zeros(len(keys), dtype=bool),
             }
         )
-        file = write_embedding_file(store.embeddings.root, TOWER, stamped(rows, "bench"))
+        file = store.embeddings.write(TOWER, stamped(rows, "bench"))
         store.embeddings.commit(TOWER, [file])
 
 
@@ -129,7 +129,7 @@ def apart(name: str, work: Callable[[Path], dict[str, Any] | None], root: Path) 
 
 def run(config: str, sets: list[str]) -> dict[str, Any]:
     """Print rows and ratios: a plan of 10M items, 1 % changed; opening 1M x 384 in fp16 against np.load."""
-    parent = load_config(config, None, sets).store.resolve().parent
+    parent = local_store(load_config(config, None, sets)).resolve().parent
     rows = []
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-cache-") as folder:
         root = Path(folder)

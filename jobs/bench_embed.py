@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from item_tower.cpu import PackedLinear, speed_up
+from item_tower.cpu import PackedLinear, can_pack, speed_up
 from item_tower.embed import EmbedConfig, embed_texts
 from item_tower.encoder import ItemEncoder, default_device, resolve_model
 from item_tower.prompt import render
 from jobs import embed_items
-from jobs.config import load_config
+from jobs.config import load_config, local_store
 from jobs.context import Context
 from schemas.errors import ConfigError
 from schemas.records import Dataset
@@ -52,18 +52,18 @@ def _best(work: Callable[[], object], rounds: int = 20) -> float:
 
 @torch.inference_mode()
 def roofline(encoder: ItemEncoder, tokens: int) -> float:
-    """FLOP/s that the encoder's own bfloat16 matrix products reach by themselves, each at its best, [tokens, in].
+    """FLOP/s that the encoder's own matrix products reach by themselves in its dtype, each at its best, [tokens, in].
 
     The products of one forward pass over the time they take one after the other, the faster of two kernels each.
     """
     shapes = [(x.in_features, x.out_features) for x in encoder.model.modules() if isinstance(x, nn.Linear)]
-    seconds, best = 0.0, {}
+    dtype, best = getattr(torch, encoder.config.compute_dtype), {}
     for shape in sorted(set(shapes)):
-        layer = nn.Linear(*shape).bfloat16().to(encoder.device)
-        x = torch.randn(tokens, shape[0], dtype=torch.bfloat16, device=encoder.device)
+        layer = nn.Linear(*shape).to(encoder.device, dtype)
+        x = torch.randn(tokens, shape[0], dtype=dtype, device=encoder.device)
         kernels = [lambda layer=layer, x=x: F.linear(x, layer.weight, layer.bias)]
-        if encoder.device.type == "cpu":
-            packed = PackedLinear(layer)
+        if can_pack(encoder.device, dtype):
+            packed = PackedLinear(layer, dtype)
             kernels.append(lambda packed=packed, x=x: packed(x))
         best[shape] = min(_best(kernel) for kernel in kernels)
     seconds = sum(best[shape] for shape in shapes)
@@ -99,10 +99,17 @@ def _cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floa
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
+def _device_name(encoder: ItemEncoder) -> str:
+    """The chip that the figures are of."""
+    if encoder.device.type == "cuda":
+        return torch.cuda.get_device_name(encoder.device)
+    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _job(context: Context, config: str, sets: list[str]) -> dict[str, Any]:
     """The real job over the whole catalog, in a store of its own that is empty before and removed afterwards."""
     dataset = context.store.require(Dataset, name=context.config.data.name)
-    root = context.config.store.with_name(f"{context.config.store.name}-bench")
+    root = local_store(context.config).with_name(f"{local_store(context.config).name}-bench")
     shutil.rmtree(root, ignore_errors=True)
     try:
         own = Context(load_config(config, None, [*sets, f'store="{root}"', 'item_tower.use="base"']))
@@ -157,6 +164,8 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     return {
         "name": "embed",
         "rows": rows,
+        "device": _device_name(encoder),
+        "dtype": encoder.config.compute_dtype,
         "roofline_gflops": round(best_rate / 1e9, 1),
         "cosine_min": round(float(cosine.min()), 6),
         "cosine_mean": round(float(cosine.mean()), 6),

@@ -14,7 +14,7 @@ import pyarrow.csv as pc
 
 from item_tower.prompt import TemplateConfig
 from jobs.bench_cache import apart
-from jobs.config import load_config
+from jobs.config import load_config, local_store
 from pipeline.dataset import write_dataset
 from pipeline.importers import bare_scan
 from pipeline.ingest import ingest
@@ -94,7 +94,7 @@ def _prepare(root: Path) -> dict[str, Any]:
 
 def run(config: str, sets: list[str]) -> dict[str, Any]:
     """Print rows and ratios: everything that prepare-data does but the tokenizer, and polars' scan to Parquet."""
-    parent = load_config(config, None, sets).store.resolve().parent
+    parent = local_store(load_config(config, None, sets)).resolve().parent
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-ingest-") as folder:
         root = Path(folder)
         apart("make", make, root)

@@ -29,7 +29,8 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
         vectors[rows],
         snapshot=serving.snapshot.id if serving.snapshot else None,
         item_fingerprint=serving.record.item_fingerprint,
-        user_tower=None if serving.snapshot else serving.record.id,
+        # candidates that are not the cached vectors themselves belong to this one tower
+        user_tower=None if serving.record.features == "text" else serving.record.id,
     )
     return {
         "index": record.id,

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.files import disk_full
+from pipeline.files import disk_broken, disk_full
 from schemas.errors import PipelineError
 
 # command -> (what it does, does it take --snapshot, does it take --split)
@@ -114,7 +114,7 @@ class _OneLine:
             self.status = INTERRUPTED
             _fail("interrupted; what was finished is kept, run the command again to go on", "Interrupted")
             return True
-        known = error if isinstance(error, PipelineError) else disk_full(error)
+        known = error if isinstance(error, PipelineError) else disk_full(error) or disk_broken(error)
         if known is None:
             return False
         self.status = 1

@@ -49,8 +49,8 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HLLM__", env_nested_delimiter="__", extra="forbid", frozen=True)
 
-    store: Path = Path("store")
-    """The folder in which everything that the commands make lies."""
+    store: str = "store"
+    """The folder in which everything that the commands make lies, or a bucket: ``s3://``, ``gs://``, ``az://``."""
     name: str = "tuned-cache"
     """Name of the user tower and of its row in the tables."""
     data: DataConfig = DataConfig()
@@ -111,6 +111,13 @@ def find_toml(name: str) -> Path:
             return path
     shipped = sorted(path.name for path in SHIPPED.glob("*.toml"))
     raise ConfigError(f"--config {name}: no such file; shipped are {shipped}")
+
+
+def local_store(config: Config) -> Path:
+    """The store's path, for a bench, which makes others beside it. Raises ConfigError for a bucket."""
+    if "://" in config.store:
+        raise ConfigError(f"store = {config.store!r}: a bench runs in a local folder; --set store=bench-store")
+    return Path(config.store)
 
 
 def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:

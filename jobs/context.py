@@ -20,7 +20,7 @@ from item_tower.prompt import TemplateConfig
 from jobs.config import Config
 from pipeline.cache import open_snapshot, require_fingerprint
 from pipeline.dataset import OpenDataset, open_dataset
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from pipeline.tracking import Tracker
 from schemas.hashing import Digest
 from schemas.records import Dataset, ItemTower, Snapshot, UserTower
@@ -53,13 +53,17 @@ def inputs_hash(*parts: str | BaseModel | None) -> str:
 
 @dataclass(frozen=True)
 class TowerInForce:
-    """The item tower in force: what it is and how it reads. folder: of a tuned one, None for the untuned one."""
+    """The item tower in force: what it is and how it reads. record: of a tuned one, None for the untuned one."""
 
     fingerprint: str
     encoder: EncoderConfig
     template: TemplateConfig
     dim: int
-    folder: Path | None
+    record: ItemTower | None
+
+    def folder(self, store: Store) -> Path | None:
+        """Where the files of a tuned one lie."""
+        return None if self.record is None else store.folder(self.record)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Context:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.store = Store(config.store)
+        self.store = open_store(config.store)
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -134,7 +138,7 @@ class Context:
         found = record.fingerprint
         if output_dtype != record.output_dtype:
             found = fingerprint(ItemEncoder.load(folder), output_dtype)
-        return TowerInForce(found, settings, template, record.dim, folder)
+        return TowerInForce(found, settings, template, record.dim, record)
 
     def snapshot(self, fingerprint: str, reader: str, snapshot_id: str | None) -> Snapshot:
         """The named snapshot, or the newest one of that item tower.

@@ -84,13 +84,13 @@ def _embed_missing(context: Context, tower: TowerInForce, plan: EmbeddingPlan, r
         windows.insert(0, _window(plan.scan.rows[probes], True))
     workers = config.workers
     order = WorkOrder(
-        tower=tower.folder.resolve() if tower.folder else None,
+        store=context.store.url,
+        dataset=context.dataset_record,
+        tower=tower.record,
         encoder=tower.encoder,
         template=tower.template,
         embed=config,
         fingerprint=tower.fingerprint,
-        catalog=(context.store.folder(context.dataset_record) / "items.parquet").resolve(),
-        table=table.root.resolve(),
         run_id=run_id,
         threads=default_threads(workers or 1),
     )
@@ -192,7 +192,7 @@ def _estimate(context: Context, tower: TowerInForce, plan: EmbeddingPlan) -> dic
     sample = np.sort(rng.permutation(plan.missing)[:_SAMPLE])
     catalog = context.store.folder(context.dataset_record) / "items.parquet"
     texts = read_texts(catalog, tower.template, plan.scan.rows[sample]).column(tables.TEXT).to_pylist()
-    per_text = tokenise_texts(tower.folder, tower.encoder, texts).lengths.mean() if texts else 0.0
+    per_text = tokenise_texts(tower.folder(context.store), tower.encoder, texts).lengths.mean() if texts else 0.0
     tokens = round(per_text * plan.embedded)
     runs = context.store.all(Snapshot, fingerprint=plan.fingerprint) or context.store.all(Snapshot)
     speeds = [run.tokens_per_second for run in runs if run.tokens_per_second]

@@ -6,7 +6,6 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,9 +17,11 @@ from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
 from item_tower.fingerprint import fingerprint
 from item_tower.prompt import TemplateConfig
 from pipeline.catalog import read_texts
-from pipeline.embeddings import stamped, write_embedding_file
+from pipeline.embeddings import stamped
+from pipeline.store import open_store
 from schemas import tables
 from schemas.errors import EmbeddingError, FingerprintMismatchError
+from schemas.records import Dataset, ItemTower
 
 ROW = "catalog_row"
 PROBE = "probe"
@@ -45,15 +46,15 @@ REPORT = pa.schema(
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """What a worker needs to know. tower: folder of a tuned tower, None for the untuned one."""
+    """What a worker needs to know. store: for ``open_store``; tower: a tuned one, None for the untuned one."""
 
-    tower: Path | None
+    store: str
+    dataset: Dataset
+    tower: ItemTower | None
     encoder: EncoderConfig
     template: TemplateConfig
     embed: EmbedConfig
     fingerprint: str
-    catalog: Path
-    table: Path
     run_id: str
     threads: int
 
@@ -107,8 +108,14 @@ class EmbedAndWrite:
     def __init__(self, order: WorkOrder, ledger: Any) -> None:
         """ledger: a ``Ledger``, or what passes its calls on to one."""
         torch.set_num_threads(order.threads)
-        encoder = ItemEncoder.from_config(order.encoder, order.template) if order.tower is None else None
-        self.encoder = (encoder or ItemEncoder.load(order.tower)).to(default_device())  # type: ignore[arg-type]
+        store = open_store(order.store)
+        if order.tower is None:
+            encoder = ItemEncoder.from_config(order.encoder, order.template)
+        else:
+            encoder = ItemEncoder.load(store.folder(order.tower))
+        self.encoder = encoder.to(default_device())
+        self.catalog = store.folder(order.dataset) / "items.parquet"
+        self.table = store.embeddings
         self.found = fingerprint(self.encoder, order.embed.output_dtype)
         speed_up(self.encoder)
         self.order, self.ledger = order, ledger
@@ -131,7 +138,7 @@ class EmbedAndWrite:
         probe = window.column(PROBE)[0].as_py()
         name = -1 if probe else int(rows[0])
         groups, dead = self.ledger.begin(name)
-        texts = read_texts(order.catalog, self.encoder.template, rows)
+        texts = read_texts(self.catalog, self.encoder.template, rows)
         result = embed_texts(
             self.encoder,
             texts.column(tables.TEXT).to_pylist(),
@@ -143,7 +150,7 @@ class EmbedAndWrite:
         file = {"path": None, "size": 0, "rows": 0}
         if len(result.rows) and not probe:
             vectors = stamped(as_table(texts.column(tables.KEY), result), order.run_id)
-            file = write_embedding_file(order.table, order.fingerprint, vectors)
+            file = self.table.write(order.fingerprint, vectors)
         self.ledger.end(name)
         report = file | {
             "texts": len(rows),

@@ -124,7 +124,10 @@ def _check(context: Context, subject: Subject) -> None:
 
 
 def run(context: Context, split: Split = "test", snapshot: str | None = None) -> dict[str, Any]:
-    """Score, log, print. Raises NotFoundError, FingerprintMismatchError, ConfigError, DataError."""
+    """Score, log, print; skipped_events are those of items that the snapshot does not hold.
+
+    Raises NotFoundError, FingerprintMismatchError, ConfigError, DataError.
+    """
     config, dataset = context.config, context.dataset
     subject = open_subject(context, snapshot)
     asked = queries(dataset.histories, split)
@@ -153,6 +156,7 @@ def run(context: Context, split: Split = "test", snapshot: str | None = None) ->
             "protocol": protocol(config.evaluate),
             "split": split,
             "users": len(questions.targets),
+            "skipped_events": int(asked.histories.lengths.sum() - questions.histories.lengths.sum()),
             "metrics": means,
             "ci95": ci95,
             "slices": slices(context, asked, values[config.evaluate.metric]),

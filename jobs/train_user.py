@@ -15,13 +15,14 @@ from jobs.context import Context, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import open_snapshot
 from pipeline.evaluate import rank_targets
-from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.files import next_created_at, record_id, write_record
 from pipeline.metrics import per_user
 from pipeline.splits import queries, training_part
 from schemas.errors import ConfigError
 from schemas.records import Snapshot, UserTower
 from user_tower.model import UserTower as UserTowerModel
-from user_tower.sequences import Batch, training_batches
+from user_tower.negatives import NegativeSampler
+from user_tower.sequences import Batch, target_counts, training_batches
 from user_tower.train import FitResult, UserStep, fit
 
 
@@ -64,13 +65,15 @@ def _train(context: Context, features: Features) -> tuple[UserTowerModel, FitRes
     validation = queries(histories, "valid").map_items(features.rows)
     torch.manual_seed(config.train.seed)
     vocabulary = None
-    if features.vectors is None:
+    if config.user_tower.features != "text":
         vocabulary = [features.item_ids[row] for row in np.unique(training.items)]
     item_dim = None if features.vectors is None else features.vectors.shape[1]
     tower = UserTowerModel(config.user_tower, item_dim, vocabulary).to(default_device())
     catalog = tower.catalog(features.item_ids, features.vectors, features.groups)
     candidates = torch.from_numpy(np.flatnonzero(features.available)).to(catalog.groups.device)
-    step = UserStep(tower, catalog, candidates, config.train.negatives)
+    counts = torch.from_numpy(target_counts(training, len(features.item_ids))).to(candidates.device)
+    sampler = NegativeSampler(candidates, counts, config.train.negatives, config.train.sampling)
+    step = UserStep(tower, catalog, sampler)
 
     def batches(epoch: int) -> Iterable[Batch]:
         rng = np.random.default_rng([config.train.seed, epoch])
@@ -121,7 +124,7 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
             positions_per_second=round(result.positions_per_second, 1),
             valid=result.best,
         )
-        with new_folder(store.folder(record)) as folder:
+        with store.new(UserTower, record.id) as folder:
             tower.save(folder)
             write_record(folder, record)
         tags = {"user_tower": record.id, "user_fingerprint": made, "snapshot": str(record.snapshot)}

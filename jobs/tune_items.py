@@ -17,12 +17,13 @@ from item_tower.prompt import TemplateConfig, apply_empty_policy, content_keys, 
 from jobs.context import Context, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.evaluate import rank_targets
-from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.files import next_created_at, record_id, write_record
 from pipeline.joint import JointStep
 from pipeline.metrics import per_user
 from pipeline.splits import PROTOCOL, Queries, queries, training_part
 from schemas.records import ItemTower
 from user_tower.model import Catalog, UserTower
+from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Batch, Histories, training_batches
 from user_tower.train import FitResult, UserStep, fit
 
@@ -88,7 +89,9 @@ def _tune(context: Context, encoder: ItemEncoder) -> tuple[JointStep, FitResult]
 
     if config.warmup_epochs:
         untuned = encode()
-        alone = UserStep(tower, untuned, torch.from_numpy(np.flatnonzero(corpus.available)).to(device), 0)
+        candidates = torch.from_numpy(np.flatnonzero(corpus.available)).to(device)
+        counts = torch.zeros(len(corpus.item_ids), device=device)
+        alone = UserStep(tower, untuned, NegativeSampler(candidates, counts, 0, "uniform"))
         warmup = config.train.model_copy(update={"epochs": config.warmup_epochs, "max_steps": None})
         parameters = [{"params": list(tower.parameters())}]
         metric = evaluate.metric
@@ -140,7 +143,7 @@ def run(context: Context) -> dict[str, Any]:
             items_unique=step.items_unique,
             valid=result.best,
         )
-        with new_folder(store.folder(record)) as folder:
+        with store.new(ItemTower, record.id) as folder:
             step.encoder.save(folder)
             (folder / "user_tower").mkdir()
             step.tower.save(folder / "user_tower")

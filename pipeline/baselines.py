@@ -71,7 +71,8 @@ class TowerRecommender:
         device = self.candidates.device
         items = torch.from_numpy(batch.items).to(device)
         lengths = torch.from_numpy(batch.lengths).to(device)
-        vectors = self.tower.queries(self.catalog, items, lengths.clamp(min=1))
+        times = torch.from_numpy(batch.times).to(device)
+        vectors = self.tower.queries(self.catalog, items, lengths.clamp(min=1), times)
         return torch.where(lengths[:, None] > 0, vectors, torch.zeros_like(vectors))
 
     @torch.inference_mode()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +15,12 @@ from numpy.typing import NDArray
 
 from pipeline.catalog import CatalogScan
 from pipeline.embeddings import decode_keys, encode_keys, read_keys
-from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.files import UNREADABLE, naming, next_created_at, record_id, write_record
 from pipeline.gates import GateConfig, check_collapse
 from pipeline.matrix import ItemMatrix, build_matrix, load_matrix
-from pipeline.store import Store
+from pipeline.store import Store, gone
 from schemas import tables
-from schemas.errors import FingerprintMismatchError, StoreError
+from schemas.errors import DataError, FingerprintMismatchError, StoreError
 from schemas.hashing import Digest
 from schemas.records import Snapshot
 
@@ -95,19 +92,14 @@ def announced(store: Store, items: pa.Table) -> Iterator[None]:
 
     Raises StoreError when others commit all the time.
     """
-    folder = store.parent(Snapshot) / f".wanted.{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)
-    try:
-        pq.write_table(items, folder / "items.parquet")
+    with store.announce(items):
         for _ in range(_ATTEMPTS):  # a clean-up that began before can no longer commit after this
             version = store.embeddings.version()
             if version < 0 or store.embeddings.seal(version):
                 break
         else:
-            raise StoreError(f"{store.embeddings.root} was committed to by others all the time; run it again")
+            raise StoreError(f"{store.embeddings.folder} was committed to by others all the time; run it again")
         yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def content_digest(fingerprint: str, items: pa.Table) -> str:
@@ -163,10 +155,11 @@ def create_snapshot(
     content = content_digest(fingerprint, items)
     created_at = next_created_at(store.all(Snapshot))
     name = record_id(created_at, content)
-    with new_folder(store.parent(Snapshot) / name) as folder:
+    with store.new(Snapshot, name) as folder:
         # written before the vectors are looked for: a clean-up counts the keys of what is about to be published
-        pq.write_table(items, folder / "items.parquet", write_page_checksum=True)
-        pq.write_table(quarantine, folder / "quarantine.parquet", write_page_checksum=True)
+        with naming(folder):
+            pq.write_table(items, folder / "items.parquet", write_page_checksum=True)
+            pq.write_table(quarantine, folder / "quarantine.parquet", write_page_checksum=True)
         keys = decode_keys(items.column(tables.KEY))
         digest, vectors = _sealed_matrix(store, fingerprint, keys, dtype, dim)
         record = Snapshot(
@@ -197,7 +190,7 @@ def _sealed_matrix(
         built = build_matrix(store, fingerprint, keys, dtype, dim, check=True)
         if store.embeddings.seal(version):
             return built
-    raise StoreError(f"{store.embeddings.root} was committed to by others all the time; run embed-items again")
+    raise StoreError(f"{store.embeddings.folder} was committed to by others all the time; run embed-items again")
 
 
 def _count_removed(store: Store, parent: Snapshot, items: pa.Table) -> int:
@@ -205,20 +198,20 @@ def _count_removed(store: Store, parent: Snapshot, items: pa.Table) -> int:
     return before.join(now, on=tables.ITEM_ID, how="anti").height
 
 
-def _read_checked(path: Path, schema: pa.Schema) -> pa.Table:
+def _read_checked(store: Store, record: Snapshot, name: str, schema: pa.Schema) -> pa.Table:
+    path = store.folder(record) / name
     try:
         found = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} is damaged or missing: {error}; restore it, or remove the snapshot") from error
-    return tables.check(found, schema, str(path))
+        return tables.check(found, schema, str(path))
+    except (*UNREADABLE, DataError) as error:
+        raise StoreError(f"{path} is damaged or missing: {error}; {store.way_out(record)}") from error
 
 
 def read_items(store: Store, record: Snapshot) -> pa.Table:
     """item_id, key, available of a snapshot, checked against its digest. Raises StoreError when they differ."""
-    path = store.folder(record) / "items.parquet"
-    items = _read_checked(path, tables.SNAPSHOT_ITEMS)
+    items = _read_checked(store, record, "items.parquet", tables.SNAPSHOT_ITEMS)
     if content_digest(record.fingerprint, items) != record.content_digest:
-        raise StoreError(f"{path}: items do not match their digest; restore the snapshot")
+        raise StoreError(f"{store.folder(record)}: items do not match their digest; {store.way_out(record)}")
     return items
 
 
@@ -227,16 +220,26 @@ def remembered_failures(store: Store, fingerprint: str) -> dict[bytes, str]:
     newest = store.newest(Snapshot, fingerprint=fingerprint)
     if newest is None:
         return {}
-    left_out = _read_checked(store.folder(newest) / "quarantine.parquet", tables.LEFT_OUT)
+    left_out = _read_checked(store, newest, "quarantine.parquet", tables.LEFT_OUT)
     rows = zip(left_out.column(tables.KEY).to_pylist(), left_out.column(tables.REASON).to_pylist(), strict=True)
     return {key: reason for key, reason in rows if key is not None}
 
 
 def open_snapshot(store: Store, record: Snapshot) -> ItemMatrix:
-    """Open one snapshot, checked against its digests. Raises StoreError when they differ or vectors are lost.
+    """Open one snapshot, checked against its digests. Raises StoreError when they differ or vectors are lost,
+    NotFoundError when a clean-up dropped the snapshot meanwhile.
 
     The second opening on one machine maps the file that the first one wrote.
     """
+    try:
+        return _open(store, record)
+    except StoreError as error:
+        if any(kept.id == record.id for kept in store.all(Snapshot)):
+            raise
+        raise gone(record.id, store) from error
+
+
+def _open(store: Store, record: Snapshot) -> ItemMatrix:
     items = read_items(store, record)
     keys = decode_keys(items.column(tables.KEY))
     shape = (record.items, record.dim)
@@ -247,7 +250,7 @@ def open_snapshot(store: Store, record: Snapshot) -> ItemMatrix:
             store.matrix_file(found).unlink(missing_ok=True)
             build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=True)  # names the file
             raise StoreError(
-                f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings.root}"
+                f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings.folder}"
             )
     available = items.column(tables.AVAILABLE).to_numpy()
     return ItemMatrix(record, items.column(tables.ITEM_ID).combine_chunks(), vectors, keys, available)

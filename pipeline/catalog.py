@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from item_tower.prompt import TemplateConfig, content_keys, render
 from pipeline.embeddings import encode_keys
+from pipeline.files import UNREADABLE
 from schemas import tables
 from schemas.errors import StoreError
 
@@ -47,7 +48,7 @@ def _slices(path: Path, columns: list[str], skip: NDArray[np.bool_] | None = Non
                         yield at, pa.Table.from_batches([batch])
                         at += batch.num_rows
                 start += rows
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise StoreError(f"catalog {path} cannot be read: {error}; run prepare-data again") from error
 
 
@@ -55,7 +56,7 @@ def _columns(path: Path, template: TemplateConfig) -> list[str]:
     """The columns to render: the template's fields, or all, so that ``render`` can say which one is missing."""
     try:
         names = pq.read_schema(path).names
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise StoreError(f"catalog {path} cannot be read: {error}; run prepare-data again") from error
     return list(template.fields) if set(template.fields) <= set(names) else names
 
@@ -92,7 +93,7 @@ def read_texts(path: Path, template: TemplateConfig, rows: NDArray[np.int64]) ->
     """Key and rendered text of some rows of the catalog (sorted), reading only the row groups they lie in."""
     try:
         metadata = pq.read_metadata(path)
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise StoreError(f"catalog {path} cannot be read: {error}; run prepare-data again") from error
     ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     skip = np.ones(len(ends), dtype=bool)

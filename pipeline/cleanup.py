@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.cache import read_items
-from pipeline.embeddings import EmbeddingFile, decode_keys, read_file, read_keys, write_embedding_file
+from pipeline.embeddings import EmbeddingFile, decode_keys, read_file, read_keys
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
@@ -76,7 +75,7 @@ def clean(store: Store, config: RetentionConfig, now: int | None = None) -> Clea
     counts as used. Raises StoreError when others commit all the time, or when the store is damaged.
     """
     now = time.time_ns() // 1_000_000 if now is None else now
-    before = _size(store.root)
+    before = store.size()
     done = Cleaned()
     for record in expired(store, config, now):
         store.remove(record)
@@ -89,27 +88,19 @@ def clean(store: Store, config: RetentionConfig, now: int | None = None) -> Clea
         done.rows += rows
     kept = {record.vectors_digest for record in store.all(Snapshot)}
     for local in store.matrices.glob("*.bin"):
-        if local.stem not in kept and local.stat().st_mtime * 1000 <= oldest:
-            local.unlink()
+        with suppress(FileNotFoundError):  # a reader builds it anew
+            if local.stem not in kept and local.stat().st_mtime * 1000 <= oldest:
+                local.unlink()
     store.embeddings.vacuum(config.job_hours)
-    done.freed = before - _size(store.root)
+    done.freed = before - store.size()
     return done
-
-
-def _size(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
 def _needed(store: Store, fingerprint: str) -> NDArray[np.uint64]:
     """Keys of all snapshots of an item tower, and of all that are about to become one; uint64 [K, 2]."""
     # asides first: one that gets its name meanwhile is then seen twice, and never not at all
-    asides = list(store.parent(Snapshot).glob(".*/items.parquet"))
-    parts = [np.zeros((0, 2), dtype=np.uint64)]
-    for path in asides:
-        try:
-            parts.append(decode_keys(pq.read_table(path, columns=[tables.KEY]).column(tables.KEY)))
-        except (OSError, pa.ArrowException):  # published, given up, or not yet written: then it seals after us
-            continue
+    # and one that is not yet whole seals after us
+    parts = [np.zeros((0, 2), dtype=np.uint64), *map(decode_keys, store.announced(tables.KEY))]
     for record in store.all(Snapshot, fingerprint=fingerprint):
         parts.append(decode_keys(read_items(store, record).column(tables.KEY)))
     return np.concatenate(parts)
@@ -129,13 +120,13 @@ def _rewrite(store: Store, fingerprint: str, oldest: int) -> tuple[int, int]:
         for group in _groups(old, keep):
             rows = pa.concat_tables([_kept_rows(file, keep[file.name]) for file in group])
             if rows.num_rows:
-                new.append(write_embedding_file(table.root, fingerprint, rows))
+                new.append(table.write(fingerprint, rows))
         if table.replace(fingerprint, [file.name for file in old], new, version):
             dropped = sum(file.rows - int(keep[file.name].sum()) for file in old)
             return len(old), dropped
         for file in new:
-            (table.root / file["path"]).unlink(missing_ok=True)
-    raise StoreError(f"{table.root} was committed to by others all the time; run the clean-up again")
+            table.folder.delete([file["path"]])
+    raise StoreError(f"{table.folder} was committed to by others all the time; run the clean-up again")
 
 
 def _rows_to_keep(files: Sequence[EmbeddingFile], needed: NDArray[np.uint64]) -> dict[str, NDArray[np.bool_]]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.catalog import SLICE_ROWS
 from pipeline.events import Events
-from pipeline.files import new_folder, next_created_at, record_id, write_file, write_record
+from pipeline.files import next_created_at, record_id, write_file, write_record
 from pipeline.ingest import CleanTables
 from pipeline.intake import to_arrow
 from pipeline.store import Store
@@ -88,7 +88,7 @@ def write_dataset(
         watermark=int(clean.events.rows[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
     )
     profile = describe()
-    with new_folder(store.folder(record)) as folder:
+    with store.new(Dataset, record.id) as folder:
         _write_slices(folder / "items.parquet", map(to_arrow, clean.items.iter_slices(SLICE_ROWS)))
         _write_slices(folder / "interactions.parquet", clean.events.slices())
         rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")
@@ -123,7 +123,9 @@ def open_dataset(store: Store, record: Dataset) -> OpenDataset:
     folder = store.folder(record)
     try:
         items = pq.read_table(folder / "items.parquet")
-        events = pq.read_table(folder / "interactions.parquet", columns=[tables.USER_ID, tables.ITEM_ID])
+        events = pq.read_table(
+            folder / "interactions.parquet", columns=[tables.USER_ID, tables.ITEM_ID, tables.TIMESTAMP]
+        )
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"data set {folder} cannot be read: {error}; run prepare-data again") from error
     return OpenDataset(record, items, _histories(items, events))
@@ -134,4 +136,9 @@ def _histories(items: pa.Table, events: pa.Table) -> Histories:
     rows = pl.DataFrame(events).join(catalog, on=tables.ITEM_ID, how="left", maintain_order="left")
     counts = rows.group_by(tables.USER_ID, maintain_order=True).len()
     offsets = np.concatenate([[0], np.cumsum(counts["len"].to_numpy())]).astype(np.int64)
-    return Histories(counts[tables.USER_ID].to_list(), offsets, rows["catalog_row"].to_numpy().astype(np.int64))
+    return Histories(
+        counts[tables.USER_ID].to_list(),
+        offsets,
+        rows["catalog_row"].to_numpy().astype(np.int64),
+        rows[tables.TIMESTAMP].to_numpy().astype(np.int64),
+    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,9 +26,9 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 from numpy.typing import NDArray
 
-from pipeline.files import fsync_path
+from pipeline.files import UNREADABLE, Folder, Listed
 from schemas import tables
-from schemas.errors import StoreError
+from schemas.errors import DataError, StoreError
 from schemas.records import STORE_FORMAT
 
 S = TypeVar("S")
@@ -35,41 +36,59 @@ T = TypeVar("T")
 
 _FORMAT_KEY = "hllm.store_format"
 _PARTITIONS = [tables.FINGERPRINT, tables.FILE]
+_LOG = "_delta_log/"
 _READERS = 4
+_BATCH_ROWS = 8_192
 _HOOKS = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """One committed file. name: unique in the table; rows: how many; size: bytes; written_at: milliseconds."""
+    """One committed file. name: unique in the table; path: in ``folder``; size: bytes; written_at: milliseconds."""
 
     name: str
-    path: Path
+    path: PurePosixPath
     rows: int
     size: int
     written_at: int
+    folder: Folder
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.path}"
 
 
 class EmbeddingTable:
-    """The table at one folder. It need not exist yet; the first commit makes it."""
+    """The table in one folder. It need not exist yet; the first commit makes it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def _log(self) -> tuple[list[Listed], list[str]]:
+        """What Delta reads: entries after the newest checkpoint (and always the newest one), and the checkpoint."""
+        listed = self.folder.below(_LOG)
+        entries = [each for each in listed if re.fullmatch(_LOG + r"\d{20}\.json", each.name)]
+        checkpoints = [each.name for each in listed if re.fullmatch(_LOG + r"\d{20}\.checkpoint.*", each.name)]
+        newest = checkpoints[-1:]
+        after = [each for each in entries[:-1] if not newest or each.name[:-5] > newest[0]]
+        return after + entries[-1:], newest
 
     def _open(self) -> DeltaTable | None:
-        log = self.root / "_delta_log"
-        entries = sorted(log.glob("[0-9]*.json"))
+        entries, _ = self._log()
         if not entries:
             return None
-        _check_log_entry(entries[-1])
+        _check_log(self.folder, entries)
         try:
-            table = DeltaTable(self.root)
+            table = DeltaTable(str(self.folder))
             found = table.metadata().configuration.get(_FORMAT_KEY)
-        except DeltaError as error:
-            raise StoreError(f"{self.root}: its log cannot be read: {error}; restore it") from error
+        except (DeltaError, OSError) as error:
+            reason = str(error).splitlines()[0]  # a trace of Rust follows
+            raise StoreError(
+                f"{self.folder}: its log cannot be read: {reason}; restore it (a damaged checkpoint may be removed "
+                f"together with _last_checkpoint while every entry of the log is there)"
+            ) from error
         if found != str(STORE_FORMAT):
             raise StoreError(
-                f"{self.root} has store format {found}, this version reads {STORE_FORMAT}; "
+                f"{self.folder} has store format {found}, this version reads {STORE_FORMAT}; "
                 f"use the version that wrote it, or another store"
             )
         return table
@@ -96,41 +115,62 @@ class EmbeddingTable:
         found = [
             EmbeddingFile(
                 name=action[f"partition.{tables.FILE}"],
-                path=self.root / action["path"],
+                path=PurePosixPath(action["path"]),
                 rows=action["num_records"],
                 size=action["size_bytes"],
                 written_at=action["modification_time"],
+                folder=self.folder,
             )
             for action in actions
             if action[f"partition.{tables.FINGERPRINT}"] == fingerprint
         ]
         return sorted(found, key=lambda file: (file.written_at, file.name))
 
+    def write(self, fingerprint: str, rows: pa.Table) -> dict[str, Any]:
+        """Write one Parquet file into the folder, not yet part of the table; called by workers.
+
+        rows: of ``tables.EMBEDDINGS``. Returns path (relative), size and rows, as ``commit`` reads them.
+        """
+        path = f"{tables.FINGERPRINT}={fingerprint}/part-{uuid.uuid4().hex}.parquet"
+        checked = tables.check(rows, tables.EMBEDDINGS, path)
+        data = pa.BufferOutputStream()  # vectors do not compress
+        pq.write_table(checked, data, write_page_checksum=True, use_dictionary=False, compression="none")
+        content = data.getvalue()
+        self.folder.create(path, content)
+        return {"path": path, "size": content.size, "rows": rows.num_rows}
+
     def commit(self, fingerprint: str, files: Sequence[dict[str, Any]]) -> None:
         """Make files that workers wrote part of the table, in one transaction, flushed to the disk.
 
-        files: as ``write_embedding_file`` returned them. Raises StoreError when one is missing, short or of
-        another schema; then nothing is committed.
+        files: as ``write`` returned them. Raises StoreError when one is missing, short or of another schema; then
+        nothing is committed.
         """
-        actions = [_checked_action(self.root, fingerprint, file) for file in files]
-        before = self.version()
-        DeltaTable.create(
-            self.root,
-            schema=_delta_schema(),
-            mode="ignore",
-            partition_by=_PARTITIONS,
-            configuration={_FORMAT_KEY: str(STORE_FORMAT)},
-            raise_if_key_not_exists=False,
-        )
-        self._write(DeltaTable(self.root), actions, mode="append")
-        self._flush_log(before)
+        actions = [_checked_action(self.folder, fingerprint, file) for file in files]
+        if self.version() < 0:
+            self._create()
+        self._write(DeltaTable(str(self.folder)), actions, mode="append")
+        self._flush_log()
+
+    def _create(self) -> None:
+        try:
+            DeltaTable.create(
+                str(self.folder),
+                schema=_delta_schema(),
+                mode="ignore",
+                partition_by=_PARTITIONS,
+                configuration={_FORMAT_KEY: str(STORE_FORMAT)},
+                raise_if_key_not_exists=False,
+            )
+        except DeltaError:
+            if self.version() < 0:  # else another run made it at the same moment
+                raise
 
     def replace(self, fingerprint: str, old: Sequence[str], new: Sequence[dict[str, Any]], version: int) -> bool:
         """Put new files in the place of the named old ones, if nobody committed since ``version``.
 
         Returns False, having changed nothing, when somebody did. Raises StoreError as ``commit``.
         """
-        actions = [_checked_action(self.root, fingerprint, file) for file in new]
+        actions = [_checked_action(self.folder, fingerprint, file) for file in new]
         filters = [(tables.FINGERPRINT, "=", fingerprint), (tables.FILE, "in", list(old))]
         return self._commit_at(version, actions, mode="overwrite", partition_filters=filters)
 
@@ -157,9 +197,13 @@ class EmbeddingTable:
             dry_run=False,
             full=True,
         )
+        oldest = time.time_ns() // 1_000_000 - math.ceil(hours) * 3_600_000
+        staged = [each for each in self.folder.below(_LOG) if re.search(r"#\d+$|\.tmp$", each.name)]
+        self.folder.delete([each.name for each in staged if each.modified <= oldest])  # of killed commits
         table = self._open()
         assert table is not None
         table.create_checkpoint()
+        self._flush_log()  # what goes next must not be all that is on the disk
         table.cleanup_metadata()
         return list(gone)
 
@@ -171,7 +215,7 @@ class EmbeddingTable:
             self._write(table, actions, commit_properties=CommitProperties(max_commit_retries=0), **how)
         except CommitFailedError:
             return False
-        self._flush_log(version)
+        self._flush_log()
         return True
 
     def _write(self, table: DeltaTable, actions: list[AddAction], **how: Any) -> None:
@@ -179,25 +223,26 @@ class EmbeddingTable:
             actions, schema=_delta_schema(), partition_by=_PARTITIONS, post_commithook_properties=_HOOKS, **how
         )
 
-    def _flush_log(self, before: int) -> None:
-        log = self.root / "_delta_log"
-        for entry in log.iterdir():
-            number = entry.name.split(".")[0]
-            if not number.isdigit() or int(number) > before:
-                fsync_path(entry)
-        fsync_path(log)
-        fsync_path(self.root)
+    def _flush_log(self) -> None:
+        """All that is in force: this run may build on a commit that its own writer has not flushed yet."""
+        entries, checkpoint = self._log()
+        hint = [f"{_LOG}_last_checkpoint"] if checkpoint else []
+        self.folder.flush([*(each.name for each in entries), *checkpoint, *hint])
 
 
-def _check_log_entry(entry: Path) -> None:
-    """Delta takes an empty newest entry for a commit that did nothing: a power cut would hide what it held."""
+def _check_log(folder: Folder, entries: Sequence[Listed]) -> None:
+    """Delta takes an empty entry for a commit that did nothing: a power cut would hide what it held."""
+    damaged = next((each.name for each in entries if each.size == 0), None)
     try:
-        for line in entry.read_text().splitlines() or [""]:
+        for line in folder.read(entries[-1].name).decode().splitlines():
             json.loads(line)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError):
+        damaged = damaged or entries[-1].name
+    if damaged is not None:
         raise StoreError(
-            f"{entry} is cut short or damaged; restore it, or remove it: the texts of that commit are embedded again"
-        ) from error
+            f"{folder}/{damaged} is cut short or damaged; restore it, or, if it is the newest, remove it: the texts "
+            f"of that commit are embedded again"
+        )
 
 
 def _delta_schema() -> Schema:
@@ -205,42 +250,23 @@ def _delta_schema() -> Schema:
     return Schema.from_arrow(pa.schema([*tables.EMBEDDINGS, *partitions]))
 
 
-def _checked_action(root: Path, fingerprint: str, file: dict[str, Any]) -> AddAction:
-    path = root / file["path"]
+def _checked_action(folder: Folder, fingerprint: str, file: dict[str, Any]) -> AddAction:
+    path = f"{folder}/{file['path']}"
     try:
-        found = pq.ParquetFile(path)
-        whole = found.metadata.num_rows == file["rows"] and path.stat().st_size == file["size"]
+        found = pq.ParquetFile(folder.source(file["path"]))
+        whole = found.metadata.num_rows == file["rows"] and folder.size(file["path"]) == file["size"]
         if not whole or not found.schema_arrow.equals(tables.EMBEDDINGS):
             raise StoreError(f"{path} is not what its worker reported; nothing was committed, run again")
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise StoreError(f"{path} cannot be read back: {error}; nothing was committed, run again") from error
     return AddAction(
         path=file["path"],
         size=file["size"],
-        partition_values={tables.FINGERPRINT: fingerprint, tables.FILE: Path(file["path"]).stem},
+        partition_values={tables.FINGERPRINT: fingerprint, tables.FILE: PurePosixPath(file["path"]).stem},
         modification_time=time.time_ns() // 1_000_000,
         data_change=True,
         stats=json.dumps({"numRecords": file["rows"]}),
     )
-
-
-def write_embedding_file(root: Path, fingerprint: str, rows: pa.Table) -> dict[str, Any]:
-    """Write one uncommitted Parquet file into the table's folder; called by workers.
-
-    rows: of ``tables.EMBEDDINGS``. Returns path (relative), size and rows, as ``EmbeddingTable.commit`` reads them.
-    """
-    relative = f"{tables.FINGERPRINT}={fingerprint}/part-{uuid.uuid4().hex}.parquet"
-    path = root / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checked = tables.check(rows, tables.EMBEDDINGS, relative)
-    try:  # vectors do not compress
-        pq.write_table(checked, path, write_page_checksum=True, use_dictionary=False, compression="none")
-        fsync_path(path)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
-    return {"path": relative, "size": path.stat().st_size, "rows": rows.num_rows}
 
 
 def stamped(rows: pa.Table, run_id: str) -> pa.Table:
@@ -256,14 +282,42 @@ def read_file(file: EmbeddingFile, columns: list[str], *, verify: bool = True) -
     verify: check the page checksums, which takes ten times as long; without it what is read must be checked against
     a digest.
     """
-    wanted = pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
     try:
-        part = pq.ParquetFile(file.path, page_checksum_verification=verify).read(columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"embedding file {file.path} is damaged or missing: {error}; restore it") from error
+        source = file.folder.source(str(file.path))
+        part = pq.ParquetFile(source, page_checksum_verification=verify).read(columns=columns, use_threads=False)
+    except UNREADABLE as error:
+        raise StoreError(f"embedding file {file} is damaged or missing: {error}; restore it") from error
     if part.num_rows != file.rows:
-        raise StoreError(f"embedding file {file.path} has {part.num_rows} rows, its commit {file.rows}; restore it")
-    return tables.check(part, wanted, str(file.path))
+        raise StoreError(f"embedding file {file} has {part.num_rows} rows, its commit {file.rows}; restore it")
+    try:
+        return tables.check(part, _only(*columns), f"embedding file {file}")
+    except DataError as error:
+        raise StoreError(f"{error}; restore it") from error
+
+
+def read_column(file: EmbeddingFile, column: str, *, verify: bool) -> Iterator[tuple[int, pa.ChunkedArray]]:
+    """(first row, values) of one column in small parts, which are decoded into the same memory again and again.
+
+    Raises StoreError as ``read_file``; verify: as there.
+    """
+    at = 0
+    try:
+        source = file.folder.source(str(file.path))
+        opened = pq.ParquetFile(source, page_checksum_verification=verify)
+        for batch in opened.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
+            part = tables.check(pa.Table.from_batches([batch]), _only(column), f"embedding file {file}")
+            yield at, part.column(column)
+            at += batch.num_rows
+    except UNREADABLE as error:
+        raise StoreError(f"embedding file {file} is damaged or missing: {error}; restore it") from error
+    except DataError as error:
+        raise StoreError(f"{error}; restore it") from error
+    if at != file.rows:
+        raise StoreError(f"embedding file {file} has {at} rows, its commit {file.rows}; restore it")
+
+
+def _only(*columns: str) -> pa.Schema:
+    return pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
 
 
 def on_threads(work: Callable[[S], T], parts: Sequence[S]) -> Iterator[T]:

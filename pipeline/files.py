@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from schemas.errors import DiskFullError, StoreError
@@ -19,26 +21,57 @@ from schemas.records import STORE_FORMAT, Record
 
 R = TypeVar("R", bound=Record)
 
+# what pyarrow raises for a damaged Parquet file; the last for a damaged column name
+UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError out of the block names the file, which calls by descriptor and Parquet writers leave out."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
 
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def disk_full(error: BaseException) -> DiskFullError | None:
     """The error to show if ``error`` or what caused it says that the disk is full, else None."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _causes(error):
         full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
         # Ray, Delta, SQLite and Rust wrap the error and keep only its words
         words = ("No space left on device", "database or disk is full", "StorageFull")
         if full or any(word in str(seen) for word in words):
             return DiskFullError("the disk is full; nothing was published. Free space and run the command again")
-        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def disk_broken(error: BaseException) -> StoreError | None:
+    """The error to show if ``error`` or what caused it says that a disk cannot be read or written, else None."""
+    for seen in _causes(error):
+        if isinstance(seen, OSError) and seen.errno == errno.EIO:
+            where = seen.filename or "a file of the store"
+        elif "Input/output error" in str(seen):
+            where = next(line.strip() for line in str(seen).splitlines() if "Input/output error" in line)
+        else:
+            continue
+        return StoreError(f"{where}: the disk reports an input/output error. Check it and run the command again")
     return None
 
 
@@ -46,7 +79,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Write aside, fsync, rename: a reader sees the old file, or the new one whole."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with aside.open("wb") as file:
+        with naming(path), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -56,13 +89,110 @@ def write_file(path: Path, data: bytes) -> None:
     fsync_path(path.parent)
 
 
+class Listed(NamedTuple):
+    """A file as a listing shows it. size: bytes; modified: milliseconds."""
+
+    name: str
+    size: int
+    modified: int
+
+
+class Folder(Protocol):
+    """Files under one place, a path or a bucket's URL; names are relative to it, with slashes."""
+
+    def below(self, prefix: str) -> list[Listed]:
+        """All files below a prefix that ends at a slash, by name."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+
+    def source(self, name: str) -> Any:
+        """What Parquet readers open."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    def create(self, name: str, data: Any) -> None:
+        """Write a new file from a buffer, flushed to the disk when this returns."""
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove files; those that are not there do not matter."""
+
+    def flush(self, names: Sequence[str]) -> None:
+        """Flush files that others wrote, and the folders that they lie in, to the disk."""
+
+
+class LocalFolder:
+    """A ``Folder`` on a local or shared file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def below(self, prefix: str) -> list[Listed]:
+        """See ``Folder``."""
+        found = []
+        for path in (self.path / prefix).rglob("*"):
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # removed since it was listed
+                continue
+            if stat.S_ISREG(state.st_mode):
+                name = path.relative_to(self.path).as_posix()
+                found.append(Listed(name, state.st_size, state.st_mtime_ns // 1_000_000))
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """See ``Folder``."""
+        return (self.path / name).read_bytes()
+
+    def source(self, name: str) -> Path:
+        """See ``Folder``."""
+        return self.path / name
+
+    def size(self, name: str) -> int:
+        """See ``Folder``."""
+        return (self.path / name).stat().st_size
+
+    def create(self, name: str, data: Any) -> None:
+        """See ``Folder``. Its readers must not look for it before it is named to them: it grows in place."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path), path.open("xb") as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+        fsync_path(path.parent)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See ``Folder``."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def flush(self, names: Sequence[str]) -> None:
+        """See ``Folder``."""
+        for name in names:
+            with suppress(FileNotFoundError):  # removed since it was listed
+                fsync_path(self.path / name)
+        for folder in {(self.path / name).parent for name in names} | {self.path, self.path.parent}:
+            fsync_path(folder)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it gets its name when the block ends, and vanishes when the block fails.
 
     If ``path`` already exists then, what is there stays: names in the store are never reused for other content.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fsync_path(path.parent.parent)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     aside.mkdir()
     try:
@@ -91,11 +221,13 @@ def remove_folder(path: Path) -> None:
 def sweep(parent: Path, oldest: int) -> None:
     """Remove what killed runs left aside under ``parent`` before ``oldest`` (milliseconds)."""
     for path in parent.glob(".*"):
-        if path.stat().st_mtime * 1000 <= oldest:
+        with suppress(FileNotFoundError):  # its run has just ended
+            if path.stat().st_mtime * 1000 > oldest:
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -107,9 +239,17 @@ def read_record(folder: Path, kind: type[R]) -> R:
     """The record of a folder. Raises StoreError when it is damaged or of another store format."""
     path = folder / "record.json"
     try:
-        text = path.read_text()
-        record = kind.model_validate_json(text)
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}; restore it, or remove its folder") from error
+    return parse_record(data, str(path), kind)
+
+
+def parse_record(data: bytes, path: str, kind: type[R]) -> R:
+    """A record from its JSON; path: for messages. Raises StoreError as ``read_record``."""
+    try:
+        record = kind.model_validate_json(data)
+    except ValidationError as error:
         reason = str(error).splitlines()[0]
         raise StoreError(f"{path} cannot be read: {reason}; restore it, or remove its folder") from error
     if record.store_format != STORE_FORMAT:
@@ -118,12 +258,6 @@ def read_record(folder: Path, kind: type[R]) -> R:
             f"use the version that wrote it"
         )
     return record
-
-
-def records(parent: Path, kind: type[R]) -> list[R]:
-    """The records of all folders under ``parent``, oldest first; folders without a record do not exist."""
-    found = [read_record(path.parent, kind) for path in sorted(parent.glob("[!.]*/record.json"))]
-    return sorted(found, key=lambda record: (record.created_at, record.id))
 
 
 def next_created_at(existing: list[R]) -> int:

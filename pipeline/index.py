@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.files import new_folder, next_created_at, record_id, write_record
+from pipeline.files import next_created_at, record_id, write_record
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
@@ -82,7 +82,7 @@ def build_index(
         bytes=len(data),
         checksum=checksum,
     )
-    with new_folder(store.folder(record)) as folder:
+    with store.new(Index, record.id) as folder:
         (folder / "index.faiss").write_bytes(data)
         pq.write_table(pa.table({tables.ITEM_ID: pa.array(item_ids, pa.string())}), folder / "items.parquet")
         write_record(folder, record)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from item_tower.encoder import ItemEncoder
 from user_tower.model import Catalog, UserTower, UserTowerConfig
+from user_tower.negatives import Negatives
 from user_tower.sequences import Batch
 from user_tower.train import TrainConfig, sequence_loss
 
@@ -84,11 +85,13 @@ class JointStep(nn.Module):
             np.where(real, local[batch.items], 0),
             batch.lengths,
             np.where(real, local[np.maximum(batch.targets, 0)], -1),
+            batch.times,
         )
         if self.training:
             self.items_encoded += len(vectors_MD)
             self.items_unique += len(groups)
-        return sequence_loss(self.tower, catalog, small, torch.arange(len(groups), device=vectors_MD.device))
+        negatives = Negatives(torch.arange(len(groups), device=vectors_MD.device), None)
+        return sequence_loss(self.tower, catalog, small, negatives)
 
     def train(self, mode: bool = True) -> JointStep:
         """Dropout stays off in the Item LLM: what is tuned is the network whose vectors are cached."""

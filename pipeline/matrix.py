@@ -7,8 +7,10 @@ again from the table when it is missing or different.
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +20,12 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_file, read_keys
+from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_column, read_file, read_keys
+from pipeline.files import naming
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import EmbeddingError, StoreError
-from schemas.hashing import block_digest
+from schemas.hashing import BLOCK_BYTES, block_digest, hash_block, join_blocks
 from schemas.records import Snapshot
 
 _RUN = 16  # rows from which a run is worth a call
@@ -107,25 +110,24 @@ def _build(
     aside = store.matrices / f".{uuid.uuid4().hex}"
     try:
         vectors = _allocate(aside, dtype, (len(keys), dim))
-        output = os.open(aside, os.O_WRONLY)
+        output = _Output(aside, vectors)
 
         def fill(part: tuple[EmbeddingFile, NDArray[np.int64], int]) -> None:
             file, rows, start = part
-            column = read_file(file, [tables.EMBEDDING], verify=check).column(tables.EMBEDDING)
-            found = decode_vectors(column, dtype, dim)
-            if check:
-                _require_usable(found[places[rows] - start], file)
-            _write_rows(output, vectors, rows, found, places[rows] - start)
+            chosen = places[rows] - start  # ascending
+            for at, column in read_column(file, tables.EMBEDDING, verify=check):
+                found = decode_vectors(column, dtype, dim)
+                low, high = np.searchsorted(chosen, [at, at + len(found)])
+                if check:
+                    _require_usable(found[chosen[low:high] - at], file)
+                output.write(rows[low:high], found, chosen[low:high] - at)
 
         used = np.flatnonzero(np.diff(bounds)).tolist()
         parts = [(files[n], order[bounds[n] : bounds[n + 1]], int(starts[n])) for n in used]
-        try:
-            # checksums are worth threads; bare copies only get in each other's way
-            for _ in on_threads(fill, parts) if check else map(fill, parts):
+        with naming(store.matrices), output:
+            for _ in on_threads(fill, parts):
                 pass
-        finally:
-            os.close(output)
-        digest = block_digest(vectors)
+            digest = output.digest()
         mapped = map_matrix(aside, dtype, (len(keys), dim))  # stays open whatever becomes of the file's name
         aside.replace(store.matrix_file(digest))
         return digest, mapped
@@ -136,52 +138,96 @@ def _build(
 def _allocate(path: Path, dtype: str, shape: tuple[int, int]) -> NDArray[np.floating]:
     kind = np.dtype(dtype).newbyteorder("<")
     size = shape[0] * shape[1] * kind.itemsize
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         if size:  # now, in one line, and not as a bus error when a page is first written
             os.posix_fallocate(file.fileno(), 0, size)
     return np.memmap(path, dtype=kind, mode="r+", shape=shape) if size else np.zeros(shape, dtype=kind)
 
 
-def _write_rows(
-    output: int,
-    vectors: NDArray[np.floating],
-    rows: NDArray[np.int64],
-    found: NDArray[np.floating],
-    chosen: NDArray[np.int64],
-) -> None:
-    """vectors[rows] = found[chosen], by whole runs straight into the file where there are long ones.
+class _Output:
+    """The file being filled from several threads. Each block of the digest is hashed as soon as it is full, while
+    others are still being read: the hash is the longest part of the work."""
 
-    Writing through the map would have every page zeroed and faulted in first, three times the work.
-    """  # fmt: skip
-    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(chosen) != 1)) + 1
-    if len(rows) < _RUN * (len(breaks) + 1):
-        vectors[rows] = found[chosen]
-        return
-    width = found.shape[1] * found.itemsize
-    data = np.ascontiguousarray(found).view(np.uint8).reshape(-1).data
-    for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
-        part = data[int(chosen[start]) * width : (int(chosen[start]) + end - start) * width]
-        at = int(rows[start]) * width
-        while part:
-            written = os.pwrite(output, part, at)
-            part, at = part[written:], at + written
+    def __init__(self, path: Path, vectors: NDArray[np.floating]) -> None:
+        """vectors: the file as an array [N, D] that can be written."""
+        self._vectors = vectors
+        self._width = vectors.shape[1] * vectors.itemsize
+        self._file = os.open(path, os.O_RDWR)
+        self._left = np.diff([*range(0, vectors.nbytes, BLOCK_BYTES), vectors.nbytes])  # bytes to come, by block
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor()
+        self._digests: dict[int, Future[bytes]] = {}
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        os.close(self._file)
+
+    def write(self, rows: NDArray[np.int64], found: NDArray[np.floating], chosen: NDArray[np.int64]) -> None:
+        """vectors[rows] = found[chosen], by whole runs straight into the file where there are long ones.
+
+        Writing through the map would have every page zeroed and faulted in first, three times the work.
+        """
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(chosen) != 1)) + 1
+        if len(rows) < _RUN * (len(breaks) + 1):
+            self._vectors[rows] = found[chosen]
+        else:
+            data = np.ascontiguousarray(found).view(np.uint8).reshape(-1).data
+            for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
+                first = int(chosen[start]) * self._width
+                self._put(data[first : first + (end - start) * self._width], int(rows[start]) * self._width)
+        self._count(rows)
+
+    def _put(self, data: memoryview, at: int) -> None:
+        while data:
+            written = os.pwrite(self._file, data, at)
+            data, at = data[written:], at + written
+
+    def _count(self, rows: NDArray[np.int64]) -> None:
+        """Take these rows off what is to come; a row may lie in two blocks or more."""
+        first, end = rows * self._width, (rows + 1) * self._width
+        full = []
+        with self._lock:
+            while len(first):
+                block = first // BLOCK_BYTES
+                until = np.minimum(end, (block + 1) * BLOCK_BYTES)
+                written = np.bincount(block, weights=until - first, minlength=len(self._left)).astype(np.int64)
+                self._left -= written
+                full += np.flatnonzero((self._left == 0) & (written > 0)).tolist()
+                first, end = until[until < end], end[until < end]
+            for number in full:
+                self._digests[number] = self._pool.submit(self._hash, number)
+
+    def _hash(self, number: int) -> bytes:
+        return hash_block(os.pread(self._file, BLOCK_BYTES, number * BLOCK_BYTES))
+
+    def digest(self) -> str:
+        """``block_digest`` of the array, when all rows were written."""
+        digests = [self._digests[number].result() for number in range(len(self._left))]
+        return join_blocks(self._vectors.nbytes, digests)
 
 
 def _places(store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Row of each key in the files laid end to end; of several the smallest (created_at, run_id) wins."""
     found = read_keys(files)
     rows = pl.DataFrame({"low": found[:, 0], "high": found[:, 1]}).with_row_index("place")
-    repeated = rows.select(pl.struct("low", "high").is_duplicated())
-    if repeated.to_series().any():
+    on = ["low"]  # half a key tells keys apart but for one chance in 2^64, and joins in a third of the time
+    if rows["low"].n_unique() < rows.height:
+        on = ["low", "high"]
         columns = [tables.CREATED_AT, tables.RUN_ID]
         stamps = pa.concat_tables(on_threads(lambda file: read_file(file, columns), files))
         rows = pl.concat([rows, pl.DataFrame(stamps)], how="horizontal").sort(*columns, "place")
         rows = rows.unique(["low", "high"], keep="first", maintain_order=True)
     wanted = pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
-    places = wanted.join(rows, on=["low", "high"], how="left", maintain_order="left")["place"]
+    joined = wanted.join(rows, on=on, how="left", maintain_order="left")
+    if len(on) == 1:
+        joined = joined.with_columns(place=pl.when(pl.col("high") == pl.col("high_right")).then("place"))
+    places = joined["place"]
     if places.null_count():
         raise StoreError(
-            f"{places.null_count()} of {len(keys)} vectors are missing from {store.embeddings.root}; "
+            f"{places.null_count()} of {len(keys)} vectors are missing from {store.embeddings.folder}; "
             f"restore it, or run embed-items again"
         )
     return places.cast(pl.Int64).to_numpy()
@@ -189,4 +235,4 @@ def _places(store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint6
 
 def _require_usable(vectors: NDArray[np.floating], file: EmbeddingFile) -> None:
     if not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
-        raise EmbeddingError(f"{file.path} holds vectors that are not finite or are zero; no snapshot was made")
+        raise EmbeddingError(f"{file} holds vectors that are not finite or are zero; no snapshot was made")

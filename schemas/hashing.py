@@ -60,8 +60,18 @@ def block_digest(array: Any) -> str:
     data = memoryview(array).cast("B") if array.size else memoryview(b"")
     blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
-        digests = list(pool.map(lambda block: hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest(), blocks))
-    return hash_bytes(len(data).to_bytes(8, "little"), *digests).hex()
+        digests = list(pool.map(hash_block, blocks))
+    return join_blocks(len(data), digests)
+
+
+def hash_block(block: bytes | memoryview) -> bytes:
+    """BLAKE2b-128 of one block of ``block_digest``; 16 bytes."""
+    return hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest()
+
+
+def join_blocks(length: int, digests: Sequence[bytes]) -> str:
+    """``block_digest`` of ``length`` bytes from the ``hash_block`` of each 8 MiB of them, in order."""
+    return hash_bytes(length.to_bytes(8, "little"), *digests).hex()
 
 
 def file_digest(path: Path) -> str:

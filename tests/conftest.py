@@ -205,7 +205,7 @@ def embed_here(monkeypatch) -> list[list[str]]:
     def embed(order, windows, workers):
         worker = EmbedAndWrite(order, Ledger())
         for window in windows:
-            texts = read_texts(order.catalog, worker.encoder.template, window.column(ROW).to_numpy())
+            texts = read_texts(worker.catalog, worker.encoder.template, window.column(ROW).to_numpy())
             if not window.column(PROBE)[0].as_py():
                 calls.append(texts.column("text").to_pylist())
             yield from worker(window).to_pylist()

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.cache import announced, create_snapshot, plan_embedding, snapshot_items
 from pipeline.catalog import CatalogScan
-from pipeline.embeddings import encode_keys, stamped, write_embedding_file
+from pipeline.embeddings import encode_keys, stamped
 from pipeline.gates import GateConfig
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from schemas import tables
 from schemas.records import Snapshot
 
@@ -61,7 +60,7 @@ def _embed_and_publish(store: Store, run_id: str, catalog: CatalogScan, texts: l
                 tables.TRUNCATED: np.zeros(len(rows), dtype=bool),
             }
         )
-        store.embeddings.commit(TOWER, [write_embedding_file(store.embeddings.root, TOWER, stamped(table, run_id))])
+        store.embeddings.commit(TOWER, [store.embeddings.write(TOWER, stamped(table, run_id))])
     facts = {"embedded": plan.embedded, "reused": plan.reused, "tokens_per_second": None, "dataset": ""}
     return create_snapshot(
         store, TOWER, snapshot_items(catalog, set()), tables.LEFT_OUT.empty_table(), dtype="float16", dim=DIM,
@@ -70,4 +69,4 @@ def _embed_and_publish(store: Store, run_id: str, catalog: CatalogScan, texts: l
 
 
 if __name__ == "__main__":
-    print(night(Store(Path(sys.argv[1])), sys.argv[2], sys.argv[3:]).id)
+    print(night(open_store(sys.argv[1]), sys.argv[2], sys.argv[3:]).id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import pytest
 from jobs import embed_items
 from jobs.cli import main
 from pipeline import cache, dataset, embeddings, evaluate, files, index
+from pipeline.store import Store
+from schemas.records import Snapshot
 from user_tower import train
 
 BASE = ("--set", "item_tower.use=base", "--set", "train.epochs=1", "--set", "tune.warmup_epochs=0")
@@ -139,6 +142,37 @@ def test_a_full_disk_is_one_line_and_a_second_try_goes_through(workspace, embed_
         assert list(store.glob("*/.*")) == []
     assert failures
     workspace.run(stage, *disk)
+
+
+def embeddings_of(workspace) -> int:
+    store = Store(workspace.store)
+    towers = store.embeddings.fingerprints()
+    return sum(file.rows for tower in towers for file in store.embeddings.files(tower))
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_an_input_output_error_is_one_line_and_a_second_try_goes_through(workspace, embed_here, monkeypatch, at):
+    """fsync fails once: of the log, then of a snapshot."""
+    run_until(workspace, "embed-items")
+    plain, calls = os.fsync, []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        error = workspace.fails("embed-items", *BASE)
+    assert error["kind"] == "Store"
+    assert error["error"].startswith(str(workspace.store))
+    assert "input/output error" in error["error"]
+    committed, snapshots = embeddings_of(workspace), Store(workspace.store).all(Snapshot)
+    done = workspace.run("embed-items", *BASE)
+    assert (done["embedded"], done["reused"]) == (24 - committed, committed)
+    assert snapshots in ([], Store(workspace.store).all(Snapshot))
+    workspace.run("snapshots show", "--snapshot", done["snapshot"])
 
 
 def test_a_full_disk_is_found_inside_what_libraries_raise():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -186,6 +187,19 @@ def test_yesterdays_user_tower_reads_todays_snapshot_of_the_same_tower(two_tower
     assert "i24" in {item["item_id"] for item in found}
 
 
+def test_events_of_items_that_the_snapshot_lacks_are_skipped_and_counted(two_towers):
+    workspace, _, _ = two_towers
+    items, events = (pl.read_csv(workspace.data(name)) for name in ("items", "events"))
+    new = pl.DataFrame({"item_id": ["i24"], "title": ["The red 24"], "year": ["24"]})
+    pl.concat([items.cast(pl.String), new]).write_csv(workspace.data("items"))
+    first = events.filter(user_id="u0").sort("timestamp").head(1)
+    pl.concat([events, first.with_columns(item_id=pl.lit("i24"))]).write_csv(workspace.data("events"))
+    workspace.run("prepare-data")
+    assert workspace.run("evaluate")["skipped_events"] == 1
+    assert workspace.run("recommend", "--user", "u0", "--k", "3")["skipped_events"] == 1
+    assert workspace.run("recommend", "--user", "u1", "--k", "3")["skipped_events"] == 0
+
+
 def test_a_changed_weight_of_a_tuned_tower_is_refused(two_towers):
     workspace, _, tuned = two_towers
     (weights,) = workspace.store.glob("item_towers/*/model/model.safetensors")
@@ -203,6 +217,28 @@ def test_a_changed_weight_of_a_tuned_tower_is_refused(two_towers):
     assert tuned["fingerprint"] in error["error"]
 
 
+def test_going_back_to_the_first_tower_costs_no_embedding(workspace, embed_here):
+    workspace.run("prepare-data")
+    workspace.run("tune-items", "--set", "tune.warmup_epochs=0")
+    names = ("frozen-cache", "tuned-cache")
+    made = {name: workspace.run("embed-items", "--name", name) for name in names}
+    calls = len(embed_here)
+    for name in names:
+        again = workspace.run("embed-items", "--name", name)
+        assert (again["embedded"], again["snapshot"]) == (0, made[name]["snapshot"])
+        exported = workspace.run("export-items", "--name", name, "--out", str(workspace.folder / name))
+        assert (exported["snapshot"], exported["fingerprint"]) == (made[name]["snapshot"], made[name]["fingerprint"])
+    items = pl.read_csv(workspace.data("items"))
+    items.filter(pl.col("item_id") != "i5").write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+    for name in names:  # another content: new snapshots of each, of the vectors that are there
+        assert workspace.run("embed-items", "--name", name)["embedded"] == 0
+    assert len(embed_here) == calls
+    frozen, tuned = (pl.read_parquet(workspace.folder / name) for name in names)
+    assert frozen["item_id"].equals(tuned["item_id"])
+    assert (np.array(frozen["embedding"].to_list()) != np.array(tuned["embedding"].to_list())).any(axis=1).all()
+
+
 def test_a_copied_store_is_the_same_store(two_towers, tmp_path):
     workspace, _, tuned = two_towers
     copy = tmp_path / "elsewhere"
@@ -218,6 +254,30 @@ def test_a_decoder_with_an_item_token_runs_the_same_path(workspace, embed_here, 
     workspace.run("embed-items", *sets)
     workspace.run("train-user", *sets, "--set", "user_tower.backbone=llm")
     assert workspace.run("evaluate", *sets)["metrics"]["recall@1"] == 1.0
+
+
+def test_a_tower_of_text_and_ids_that_reads_times_solves_the_board_too(workspace, embed_here):
+    sets = (
+        "--set", "item_tower.use=base", "--set", "user_tower.backbone=hstu", "--set", "user_tower.features=text+id",
+        "--set", "user_tower.timestamps=true", "--set", "train.sampling=mixed", "--set", "train.negatives=12",
+    )  # fmt: skip
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *sets)
+    workspace.run("train-user", *sets)
+    assert workspace.run("evaluate", *sets)["metrics"]["recall@1"] == 1.0
+    assert "run hllm build-index" in workspace.fails("recommend", "--items", "i0,i2", *sets)["error"]
+    workspace.run("build-index", *sets)
+    for who in (("--items", "i0,i2,i4"), ("--user", "u1")):
+        found = workspace.run("recommend", *who, "--k", "3", *sets)["items"]
+        assert {int(item["item_id"][1:]) % 2 for item in found} == {0}
+    items = pl.read_csv(workspace.data("items"))
+    new = pl.DataFrame({"item_id": ["i24"], "title": ["The red 24"], "year": ["24"]})
+    pl.concat([items.cast(pl.String), new]).write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *sets)
+    workspace.run("build-index", *sets)
+    found = workspace.run("recommend", "--items", "i0,i2,i4", "--k", "10", *sets)["items"]
+    assert "i24" in {item["item_id"] for item in found}  # never seen by the tower, known by its text
 
 
 @pytest.mark.ray

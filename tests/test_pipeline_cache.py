@@ -20,10 +20,10 @@ from pipeline.cache import (
     snapshot_items,
 )
 from pipeline.catalog import CatalogScan
-from pipeline.embeddings import stamped, write_embedding_file
+from pipeline.embeddings import stamped
 from pipeline.gates import GateConfig
 from pipeline.store import Store
-from schemas import tables
+from schemas import hashing, tables
 from schemas.errors import EmbeddingError, FingerprintMismatchError, GateError, StoreError
 from schemas.records import STORE_FORMAT, Snapshot
 
@@ -51,7 +51,7 @@ def write(store: Store, vectors: dict[bytes, list[float]], run_id: str = "run", 
             "truncated": pa.array([False] * len(vectors)),
         }
     )
-    return write_embedding_file(store.embeddings.root, TOWER, stamped(rows, run_id))
+    return store.embeddings.write(TOWER, stamped(rows, run_id))
 
 
 def scan(ids: list[str] = IDS, keys: list[bytes] = KEYS, available=None) -> CatalogScan:
@@ -116,6 +116,22 @@ def test_the_second_opening_reads_no_table_and_a_damaged_local_file_is_built_aga
     assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
 
 
+@pytest.mark.parametrize("block", [3, 10, 64, 1 << 20])
+def test_blocks_are_hashed_as_they_fill_in_whatever_order(store, monkeypatch, block):
+    monkeypatch.setattr(hashing, "BLOCK_BYTES", block)
+    monkeypatch.setattr(matrix, "BLOCK_BYTES", block)
+    rng = np.random.default_rng(block)
+    keys = [bytes(rng.integers(0, 256, 16, dtype=np.uint8)) for _ in range(200)]
+    wide = {key: rng.normal(size=2).astype(np.float16).tolist() for key in keys}
+    for part in np.array_split(rng.permutation(200), 5):
+        store.embeddings.commit(TOWER, [write(store, {keys[row]: wide[keys[row]] for row in part})])
+    ids = [f"i{number:03}" for number in range(200)]
+    record = publish(store, ids, keys)
+    monkeypatch.setattr(matrix, "build_matrix", None)
+    opened = open_snapshot(store, record)  # mapped: the digest is that of the whole array
+    assert opened.vectors.tolist() == [wide[key] for key in keys]
+
+
 def test_another_tower_reuses_nothing(store):
     store.embeddings.commit(TOWER, [write(store, VECTORS)])
     assert plan(store, "e" * 32).missing.tolist() == [0, 1, 3]
@@ -156,7 +172,7 @@ def test_of_two_rows_of_one_key_the_earlier_run_wins_everywhere(store, monkeypat
 @pytest.mark.parametrize("damage", ["short", "gone", "foreign"])
 def test_a_file_that_is_not_what_its_worker_reported_commits_nothing(store, damage):
     info = write(store, VECTORS)
-    path = store.embeddings.root / info["path"]
+    path = store.embeddings.folder.path / info["path"]
     if damage == "short":
         path.write_bytes(path.read_bytes()[:-20])
     elif damage == "gone":
@@ -183,7 +199,7 @@ def test_a_flipped_bit_in_a_vector_is_noticed(store):
     store.embeddings.commit(TOWER, [info])
     record = publish(store)
     shutil.rmtree(store.matrices)
-    path = store.embeddings.root / info["path"]
+    path = store.embeddings.folder.path / info["path"]
     data = bytearray(path.read_bytes())
     place = data.index(np.array([3.0, 4.0], "<f2").tobytes())
     data[place] ^= 1
@@ -267,7 +283,7 @@ def test_a_snapshot_is_published_between_the_commits_of_others(store, monkeypatc
 def test_a_damaged_newest_log_entry_is_named_and_the_way_out_works(store, damage):
     store.embeddings.commit(TOWER, [write(store, {K1: [1, 2]})])
     store.embeddings.commit(TOWER, [write(store, {K2: [3, 4], K3: [5, -6]})])
-    newest = sorted((store.embeddings.root / "_delta_log").glob("*.json"))[-1]
+    newest = sorted((store.embeddings.folder.path / "_delta_log").glob("*.json"))[-1]
     newest.write_bytes(damage)
     with pytest.raises(StoreError, match=rf"{newest.name} is cut short.*remove it"):
         plan(store)
@@ -299,7 +315,7 @@ def test_two_hundred_flipped_bytes_are_found_or_harmless(store):
     store.embeddings.commit(TOWER, [write(store, wide)])
     record = publish(store, ids, keys)
     right = np.array(open_snapshot(store, record).vectors)
-    (data,) = store.embeddings.root.rglob("part-*.parquet")
+    (data,) = store.embeddings.folder.path.rglob("part-*.parquet")
     items, local = store.folder(record) / "items.parquet", store.matrix_file(record.vectors_digest)
     found = 0
     for number in range(200):
@@ -334,7 +350,7 @@ def test_success_is_reported_after_data_log_and_folders_are_on_the_disk(store, m
 
     monkeypatch.setattr(os, "fsync", fsync)
     info = write(store, VECTORS)
-    root = store.embeddings.root.resolve()
+    root = store.embeddings.folder.path.resolve()
     assert flushed == [str(root / info["path"]), str((root / info["path"]).parent)]
     store.embeddings.commit(TOWER, [info])
     log = root / "_delta_log"

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipeline import cleanup, embeddings
-from pipeline.cache import create_snapshot, open_snapshot, snapshot_items
+from pipeline.cache import announced, create_snapshot, open_snapshot, plan_embedding, snapshot_items
 from pipeline.catalog import CatalogScan
 from pipeline.cleanup import RetentionConfig, clean, expired
-from pipeline.embeddings import stamped, write_embedding_file
+from pipeline.embeddings import stamped
 from pipeline.gates import GateConfig
 from pipeline.store import Store
 from schemas import tables
-from schemas.errors import StoreError
+from schemas.errors import NotFoundError, StoreError
 from schemas.records import Snapshot
 
 TOWER, OTHER = "f" * 32, "e" * 32
@@ -51,19 +53,22 @@ def embed(store: Store, texts: list[str], tower: str = TOWER, run_id: str = "run
             "truncated": pa.array([False] * len(texts)),
         }
     )
-    file = write_embedding_file(store.embeddings.root, tower, stamped(rows, run_id))
+    file = store.embeddings.write(tower, stamped(rows, run_id))
     store.embeddings.commit(tower, [file])
 
 
-def publish(store: Store, texts: list[str], tower: str = TOWER) -> Snapshot:
-    scan = CatalogScan(
+def scan_of(texts: list[str]) -> CatalogScan:
+    return CatalogScan(
         item_ids=pa.array([f"i{n:04}" for n in range(len(texts))]),
         keys=np.frombuffer(b"".join(map(key, texts)), dtype="<u8").reshape(-1, 2),
         available=np.ones(len(texts), bool),
         rows=np.arange(len(texts)),
         empty=[],
     )
-    items = snapshot_items(scan, set())
+
+
+def publish(store: Store, texts: list[str], tower: str = TOWER) -> Snapshot:
+    items = snapshot_items(scan_of(texts), set())
     left_out = tables.LEFT_OUT.empty_table()
     return create_snapshot(
         store, tower, items, left_out, dtype="float16", dim=4, limits=GateConfig(), gates={}, facts=FACTS
@@ -76,7 +81,7 @@ def check(store: Store, record: Snapshot, texts: list[str]) -> None:
 
 
 def data_files(store: Store) -> set[str]:
-    return {path.name for path in store.embeddings.root.rglob("*.parquet") if "_delta_log" not in path.parts}
+    return {path.name for path in store.embeddings.folder.path.rglob("*.parquet") if "_delta_log" not in path.parts}
 
 
 def test_what_no_snapshot_needs_is_gone_and_the_rest_opens(store):
@@ -103,13 +108,11 @@ def test_what_is_young_stays_needed_or_not(store):
     embed(store, ["a", "b"])
     first = publish(store, ["a", "b"])
     embed(store, ["of a running job"])
-    unfinished = write_embedding_file(
-        store.embeddings.root, TOWER, tables.EMBEDDINGS.empty_table()
-    )  # of a worker, not committed
+    unfinished = store.embeddings.write(TOWER, tables.EMBEDDINGS.empty_table())  # of a worker, not committed
     publish(store, ["a"])
     done = clean(store, RetentionConfig(days=0, newest=1, job_hours=1))
     assert (done.snapshots, done.rows, done.files) == ([first.id], 0, 0)
-    assert (store.embeddings.root / unfinished["path"]).exists()
+    assert (store.embeddings.folder.path / unfinished["path"]).exists()
     assert len(data_files(store)) == 3
 
 
@@ -168,13 +171,26 @@ def test_a_commit_during_a_clean_up_is_not_lost(store, monkeypatch):
     assert data_files(store) == before
 
 
-def test_many_nights_with_a_clock_that_goes_back(store, monkeypatch):
-    """Every kept snapshot opens after every night; the table holds what they need and little more."""
+@pytest.mark.parametrize("nights", [40, pytest.param(120, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_many_nights_with_a_clock_that_goes_back(store, monkeypatch, nights):
+    """Every kept snapshot opens after every night; the table holds what they need and little more.
+
+    The clock is 30 days back in some nights and before all other ones in others; the files bear the dates of their
+    nights, so that Delta drops old log entries as it would.
+    """
     rng = np.random.default_rng(0)
-    start, pool = 1_700_000_000_000, [f"t{n}" for n in range(60)]
+    start, pool = time.time_ns() // 1_000_000 - nights * DAY, [f"t{n}" for n in range(60)]
     kept: dict[str, list[str]] = {}
-    for night in range(40):
-        now = start + night * DAY - (30 * DAY if night % 7 == 3 else 0)
+    dated: set[Path] = set()
+    log, commits = store.root / "item_embeddings" / "_delta_log", 0
+
+    def date(now: int) -> None:
+        for path in set(store.root.rglob("*.*")) - dated:
+            os.utime(path, (now / 1000, now / 1000))
+            dated.add(path)
+
+    for night in range(nights):
+        now = start + night * DAY - (30 * DAY if night % 7 == 3 else 300 * DAY if night % 11 == 5 else 0)
         monkeypatch.setattr(embeddings.time, "time_ns", lambda now=now: now * 1_000_000)
         texts = sorted(rng.choice(pool, 30, replace=False).tolist())
         have = {bytes(k) for k in embeddings.read_keys(store.embeddings.files(TOWER))}
@@ -182,10 +198,119 @@ def test_many_nights_with_a_clock_that_goes_back(store, monkeypatch):
         if missing:
             embed(store, missing, run_id=f"night{night}")
         kept[publish(store, texts).id] = texts
+        date(now)
         clean(store, RetentionConfig(days=5, newest=2, job_hours=0), now)
+        date(now)
+        commits = max(commits, store.embeddings.version())
         records = store.all(Snapshot)
         assert len(records) >= min(night + 1, 2)
-        for record in records[-3:]:
+        for record in records if night % 10 == 9 else records[-2:]:
             check(store, record, kept[record.id])
     needed = {text for record in store.all(Snapshot) for text in kept[record.id]}
     assert len(needed) <= sum(file.rows for file in store.embeddings.files(TOWER)) <= 1.06 * len(needed)
+    if nights > 60:
+        assert len(list(log.glob("*.json"))) < commits / 2  # old entries are gone, and nothing with them
+
+
+def test_a_pinned_reader_sees_the_same_bytes_until_its_snapshot_expires(store):
+    """Twenty refreshes, each with a clean-up that joins files: the open array, and every opening anew."""
+    texts = [f"a{n}" for n in range(40)]
+    embed(store, texts)
+    pinned = publish(store, texts)
+    opened = open_snapshot(store, pinned)
+    before = opened.vectors.tobytes()
+    keep, replaced = RetentionConfig(days=1, newest=1, job_hours=0), 0
+    for night in range(20):
+        texts = [*texts[2:], f"b{night}", f"c{night}"]
+        embed(store, texts[-2:], run_id=f"night{night}")
+        publish(store, texts)
+        replaced += clean(store, keep).files
+        assert opened.vectors.tobytes() == before
+        if night % 2:
+            shutil.rmtree(store.matrices)
+        assert open_snapshot(store, store.get(Snapshot, pinned.id)).vectors.tobytes() == before
+    assert replaced > 20
+    assert pinned.id in clean(store, NOW).snapshots
+    assert opened.vectors.tobytes() == before  # who has it open keeps it
+    for reopen in (lambda: store.get(Snapshot, pinned.id), lambda: open_snapshot(store, pinned)):
+        with pytest.raises(NotFoundError, match=rf"{pinned.id}.*past retention.*snapshots list"):
+            reopen()
+
+
+def test_a_clean_up_at_every_step_takes_nothing_of_a_running_job(store, monkeypatch):
+    """The job reuses vectors that no snapshot needs any more, and lies between file, commit and snapshot."""
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings.time, "time_ns", lambda: int(time.time() - 3 * 86_400) * 1_000_000_000)
+        embed(store, ["a", "b", "c"])
+        publish(store, ["a", "b", "c"])
+        embed(store, ["x", "y"], run_id="two")
+        publish(store, ["x"])
+    retention, cleaned, busy = RetentionConfig(days=0, newest=1, job_hours=48), [], []
+
+    def with_clean_up(name: str) -> None:
+        plain = getattr(embeddings.EmbeddingTable, name)
+
+        def step(*values, **named):
+            outermost = not busy
+            busy.append(name)
+            try:
+                if outermost:
+                    cleaned.append(clean(store, retention))
+                result = plain(*values, **named)
+                if outermost:
+                    cleaned.append(clean(store, retention))
+                return result
+            finally:
+                busy.pop()
+
+        monkeypatch.setattr(embeddings.EmbeddingTable, name, step)
+
+    for name in ("write", "commit", "seal", "files"):
+        with_clean_up(name)
+    wanted = scan_of(["a", "b", "new"])
+    with announced(store, snapshot_items(wanted, set())):
+        assert plan_embedding(store, TOWER, wanted, {}).missing.tolist() == [2]
+        embed(store, ["new"], run_id="three")
+        record = publish(store, ["a", "b", "new"])
+    assert sum(done.rows for done in cleaned) == 2  # c and y
+    assert len(cleaned) > 8
+    check(store, record, ["a", "b", "new"])
+
+
+def test_with_retention_past_the_disk_holds_what_snapshots_need(store, tmp_path):
+    """No orphan of a killed run, and at most 1.1 times the bytes that a new store with the same snapshots has."""
+    rng, texts = np.random.default_rng(0), [f"t{n}" for n in range(2_000)]
+    embed(store, texts)
+    made = [publish(store, texts)]
+    for night in range(8):
+        fresh = [f"n{night}-{n}" for n in range(40)]
+        texts = [*rng.permutation(texts)[40:].tolist(), *fresh]
+        embed(store, fresh, run_id=f"night{night}")
+        made.append(publish(store, texts))
+    table = store.root / "item_embeddings"
+    orphans = [
+        store.root / "item_embeddings" / store.embeddings.write(TOWER, tables.EMBEDDINGS.empty_table())["path"],
+        table / "_delta_log" / "00000000000000000099.json#1",
+        table / "_delta_log" / "_commit_x.json.tmp",
+        store.parent(Snapshot) / ".wanted.x" / "items.parquet",
+        store.parent(Snapshot) / ".20250101-x.y" / "items.parquet",
+        store.matrices / ".x",
+        store.matrices / "y.bin",
+    ]
+    for path in orphans[1:]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 100)
+    done = clean(store, RetentionConfig(days=0, newest=2, job_hours=0), time.time_ns() // 1_000_000 + 1000)
+    assert len(done.snapshots) == len(made) - 2
+    assert [path for path in orphans if path.exists()] == []
+    assert {file.path.name for file in store.embeddings.files(TOWER)} == data_files(store)
+    kept = [(made[-2], None), (made[-1], texts)]
+    check(store, made[-1], texts)
+    other = Store(tmp_path / "other")
+    needed = {bytes(k) for record, _ in kept for k in open_snapshot(store, record).keys}
+    assert sum(file.rows for file in store.embeddings.files(TOWER)) <= 1.1 * len(needed)
+    embed(other, [str(n) for n in range(len(needed))], run_id="night7")
+    used, least = (sum(file.size for file in each.embeddings.files(TOWER)) for each in (store, other))
+    assert used <= 1.1 * least
+    size = sum(path.stat().st_size for path in table.rglob("*.parquet") if "_delta_log" not in path.parts)
+    assert size == used

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from night import TOWER, vector
 
 from pipeline.cache import open_snapshot
 from pipeline.cleanup import RetentionConfig, clean
@@ -25,9 +26,6 @@ RETENTION = RetentionConfig(days=0, newest=3, job_hours=8 / 3600)
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_nights_and_a_clean_up_at_once(tmp_path):
-    sys.path.insert(0, str(NIGHT.parent))
-    from night import TOWER, vector
-
     store, rng = Store(tmp_path / "store"), np.random.default_rng(0)
     pool = [f"text {n}" for n in range(200)]
     pinned: tuple[Snapshot, np.ndarray] | None = None

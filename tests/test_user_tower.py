@@ -14,6 +14,7 @@ from schemas.errors import ConfigError, StoreError, TrainingError
 from user_tower import loss as loss_module
 from user_tower.loss import info_nce
 from user_tower.model import UserTower, UserTowerConfig
+from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Histories, last_events, training_batches, training_windows
 from user_tower.train import TrainConfig, UserStep, fit
 
@@ -30,6 +31,10 @@ def text_tower(backbone: str = "sasrec", items: int = 10, **settings):
     tower = UserTower(UserTowerConfig(backbone=backbone, **(SMALL | settings)), 8, None).eval()
     vectors = np.random.default_rng(0).normal(size=(items, 8)).astype(np.float32)
     return tower, tower.catalog([f"i{n}" for n in range(items)], vectors, np.arange(items))
+
+
+def every(items: int, count: int = 0) -> NegativeSampler:
+    return NegativeSampler(torch.arange(items), torch.ones(items), count, "uniform")
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(2, 12), st.integers(0, 3))
@@ -50,7 +55,7 @@ def test_every_event_but_the_first_is_a_target_once(lengths, window, seed):
 def test_windows_are_the_same_for_the_same_seed():
     events = histories(list(range(30)), list(range(50)))
     first, second = (training_windows(events, 7, np.random.default_rng(1)) for _ in range(2))
-    assert [window.tolist() for window in first] == [window.tolist() for window in second]
+    assert first.tolist() == second.tolist()
 
 
 def test_last_events_are_the_newest():
@@ -118,32 +123,40 @@ def test_a_negative_with_the_positives_text_is_masked():
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)))
 
 
-@pytest.mark.parametrize("backbone", ["sasrec", "llm"])
+@pytest.mark.parametrize("backbone", ["sasrec", "hstu", "llm"])
 def test_a_query_sees_neither_the_future_nor_padding(backbone):
-    tower, catalog = text_tower(backbone)
-    long = torch.tensor([[1, 2, 3, 4]])
+    tower, catalog = text_tower(backbone, timestamps=True)
+    long, times = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[10, 20, 40, 900]]) * 10_000
+    later = times + torch.tensor([[0, 0, 1, 2]]) * 86_400_000
     with torch.inference_mode():
-        outputs = tower(catalog, long, torch.tensor([4]))
-        changed = tower(catalog, torch.tensor([[1, 2, 9, 9]]), torch.tensor([4]))
+        outputs = tower(catalog, long, torch.tensor([4]), times)
+        changed = tower(catalog, torch.tensor([[1, 2, 9, 9]]), torch.tensor([4]), later)
         torch.testing.assert_close(outputs[:, :2], changed[:, :2], atol=1e-5, rtol=1e-5)
         assert (outputs[:, 2] - changed[:, 2]).abs().max() > 1e-3
-        alone = tower.queries(catalog, torch.tensor([[5, 6]]), torch.tensor([2]))
-        batch = tower.queries(catalog, torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]))
+        alone = tower.queries(catalog, torch.tensor([[5, 6]]), torch.tensor([2]), times[:, :2])
+        both = torch.cat([times, torch.cat([times[:, :2], times[:, :2] * 0], dim=1)])
+        batch = tower.queries(catalog, torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]), both)
     torch.testing.assert_close(alone[0], batch[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"backbone": "llm"}, {"features": "id", "similarity": "dot"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"backbone": "llm"}, {"features": "id", "similarity": "dot"}, {"features": "text+id", "timestamps": True}],
+)
 def test_save_and_load(settings, tmp_path):
     config = UserTowerConfig(**(SMALL | settings))
-    text = config.features == "text"
-    tower = UserTower(config, 8 if text else None, None if text else ["a", "b"]).eval()
+    text, ids = config.features != "id", config.features != "text"
+    tower = UserTower(config, 8 if text else None, ["a", "b"] if ids else None).eval()
     vectors = np.eye(3, 8, dtype=np.float32) if text else None
     tower.save(tmp_path)
     loaded = UserTower.load(tmp_path)
     assert loaded.fingerprint() == tower.fingerprint()
     found = [
         each.queries(
-            each.catalog(["a", "b", "new"], vectors, np.arange(3)), torch.tensor([[0, 2]]), torch.tensor([2])
+            each.catalog(["a", "b", "new"], vectors, np.arange(3)),
+            torch.tensor([[0, 2]]),
+            torch.tensor([2]),
+            torch.tensor([[5, 6]]),
         )
         for each in (tower, loaded)
     ]
@@ -171,7 +184,7 @@ def test_fit_keeps_the_best_weights_stops_early_and_repeats_itself():
 
     def train():
         tower, catalog = text_tower()
-        step = UserStep(tower, catalog, torch.arange(10), 0)
+        step = UserStep(tower, catalog, every(10))
         seen = []
 
         def validate():
@@ -198,7 +211,7 @@ def test_max_steps_ends_training_and_each_training_has_its_own_precision():
     for precision in ("float32", "bfloat16"):
         tower, catalog = text_tower()
         result = fit(
-            UserStep(tower, catalog, torch.arange(10), 3),
+            UserStep(tower, catalog, every(10, 3)),
             [{"params": list(tower.parameters())}],
             lambda epoch: training_batches(events, 6, 2, np.random.default_rng(epoch)),
             lambda: {"recall@10": 0.0},
@@ -212,7 +225,7 @@ def test_max_steps_ends_training_and_each_training_has_its_own_precision():
 def test_a_loss_that_is_not_finite_stops_training():
     tower, catalog = text_tower()
     broken = catalog._replace(vectors=torch.full_like(catalog.vectors, float("nan")))
-    step = UserStep(tower, broken, torch.arange(10), 0)
+    step = UserStep(tower, broken, every(10))
     events = histories(*[[0, 1, 2, 3]] * 4)
     with pytest.raises(TrainingError, match="t: the loss is nan at step 0"):
         fit(

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from schemas.errors import ConfigError
+from user_tower.times import TIME_BUCKETS, time_buckets
 
 
 class Backbone(Protocol):
-    """positions: int64 [B, T], right-aligned (see ``UserTower``); padded positions hold any value."""
+    """positions: int64 [B, T], right-aligned (see ``UserTower``); times: int64 [B, T], milliseconds. Padded positions
+    hold any value."""
 
-    def __call__(self, x_BTH: Tensor, positions_BT: Tensor) -> Tensor: ...
+    def __call__(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor: ...
 
 
 class _Block(nn.Module):
@@ -56,11 +58,60 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(_Block(hidden, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, x_BTH: Tensor, positions_BT: Tensor) -> Tensor:
-        """x_BTH: inputs; positions_BT: int64, 0 to history - 1. Returns [B, T, H]."""
+    def forward(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor:
+        """x_BTH: inputs; positions_BT: int64, 0 to history - 1; times are not read. Returns [B, T, H]."""
         x_BTH = self.drop(x_BTH + self.positions(positions_BT))
         for block in self.blocks:
             x_BTH = block(x_BTH)
+        return self.norm(x_BTH)
+
+
+class _HSTUBlock(nn.Module):
+    def __init__(self, hidden: int, heads: int, dropout: float, history: int) -> None:
+        super().__init__()
+        self.heads, self.history = heads, history
+        self.norm = nn.LayerNorm(hidden)
+        self.uvqk = nn.Linear(hidden, 4 * hidden)
+        self.mixed_norm = nn.LayerNorm(hidden)
+        self.out = nn.Linear(hidden, hidden)
+        self.drop = nn.Dropout(dropout)
+        self.position_bias = nn.Parameter(torch.randn(history) * 0.02)
+        self.time_bias = nn.Parameter(torch.randn(TIME_BUCKETS) * 0.02)
+
+    def forward(self, x_BTH: Tensor, apart_TT: Tensor, buckets_BTT: Tensor, causal_TT: Tensor) -> Tensor:
+        B, T, H = x_BTH.shape
+        u, v, q, k = F.silu(self.uvqk(self.norm(x_BTH))).chunk(4, dim=-1)
+        q, k, v_heads = (part.view(B, T, self.heads, H // self.heads).transpose(1, 2) for part in (q, k, v))
+        bias_BTT = self.position_bias[apart_TT] + self.time_bias[buckets_BTT]
+        weights = F.silu(q @ k.transpose(-1, -2) + bias_BTT[:, None]) / self.history
+        mixed = (weights.masked_fill(~causal_TT, 0) @ v_heads).transpose(1, 2).reshape(B, T, H)
+        return x_BTH + self.out(self.drop(u * self.mixed_norm(mixed)))
+
+
+class HSTU(nn.Module):
+    """Pointwise attention with SiLU, gated, with relative position and time bias (Zhai et al. 2024, eq. 1 to 4).
+
+    The bias of an earlier event j at event i counts i - j places, and log2 of the seconds between the two; the time
+    of the event to come is not read.
+    """
+
+    def __init__(self, hidden: int, layers: int, heads: int, dropout: float, history: int) -> None:
+        super().__init__()
+        self.history = history
+        self.positions = nn.Embedding(history, hidden)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(_HSTUBlock(hidden, heads, dropout, history) for _ in range(layers))
+        self.norm = nn.LayerNorm(hidden)
+
+    def forward(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor:
+        """x_BTH: inputs; positions_BT: int64, 0 to history - 1; times_BT: milliseconds. Returns [B, T, H]."""
+        steps = torch.arange(x_BTH.shape[1], device=x_BTH.device)
+        between_TT = steps[:, None] - steps
+        buckets_BTT = time_buckets(times_BT[:, :, None] - times_BT[:, None, :])
+        x_BTH = self.drop(x_BTH + self.positions(positions_BT))
+        for block in self.blocks:
+            x_BTH = block(x_BTH, between_TT.clamp(0, self.history - 1), buckets_BTT, between_TT >= 0)
         return self.norm(x_BTH)
 
 
@@ -72,13 +123,13 @@ class CausalLM(nn.Module):
         self.model = model
         self.model.config.use_cache = False
 
-    def forward(self, x_BTH: Tensor, positions_BT: Tensor) -> Tensor:
-        """x_BTH: inputs; positions_BT: int64 position ids. Returns [B, T, H]."""
+    def forward(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor:
+        """x_BTH: inputs; positions_BT: int64 position ids; times are not read. Returns [B, T, H]."""
         return self.model(inputs_embeds=x_BTH, position_ids=positions_BT).last_hidden_state
 
 
 def make_backbone(
-    kind: Literal["sasrec", "llm"],
+    kind: Literal["sasrec", "hstu", "llm"],
     *,
     hidden: int,
     layers: int,
@@ -93,8 +144,8 @@ def make_backbone(
     """
     if hidden % heads:
         raise ConfigError(f"user_tower.hidden = {hidden} is not a multiple of user_tower.heads = {heads}")
-    if kind == "sasrec":
-        return SASRec(hidden, layers, heads, dropout, history), hidden
+    if kind != "llm":
+        return {"sasrec": SASRec, "hstu": HSTU}[kind](hidden, layers, heads, dropout, history), hidden
     if pretrained is None:
         config = LlamaConfig(
             hidden_size=hidden,

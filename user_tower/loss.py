@@ -30,6 +30,8 @@ class _InfoNCE(torch.autograd.Function):
         positive_groups: Tensor,
         negative_groups: Tensor,
         scale: Tensor,
+        positive_log_q: Tensor | None,
+        negative_log_q: Tensor | None,
     ) -> Tensor:
         device = queries_PD.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
@@ -49,6 +51,10 @@ class _InfoNCE(torch.autograd.Function):
             logits[:, :-1].masked_fill_(positive_groups[part, None] == negative_groups, -torch.inf)
             logits[:, -1] = cosines_S
             logits *= scale
+            if negative_log_q is not None:
+                assert positive_log_q is not None
+                logits[:, :-1] -= negative_log_q
+                logits[:, -1] -= positive_log_q[part]
             weights = logits.softmax(-1)
             # the largest weight is at least 1 / (M + 1): its logarithm is safe where the positive's may underflow
             normaliser_S = logits.amax(-1) - weights.amax(-1).log()
@@ -71,7 +77,7 @@ class _InfoNCE(torch.autograd.Function):
         d_queries, d_positives, d_negatives, d_scale, scale = ctx.saved_tensors
         mean = upstream / ctx.count
         share = mean * scale
-        return d_queries * share, d_positives * share, d_negatives * share, None, None, d_scale * mean
+        return d_queries * share, d_positives * share, d_negatives * share, None, None, d_scale * mean, None, None
 
 
 def info_nce(
@@ -81,13 +87,26 @@ def info_nce(
     positive_groups: Tensor,
     negative_groups: Tensor,
     scale: Tensor,
+    positive_log_q: Tensor | None = None,
+    negative_log_q: Tensor | None = None,
 ) -> Tensor:
     """Mean over positions of -log softmax of the positive among itself and the negatives (paper, eq. 1).
 
     queries_PD, positives_PD, negatives_MD: float32; positives: the target's vector of each position;
     positive_groups [P], negative_groups [M]: a negative of the positive's group (the same text, or the target
     itself) is masked; scale: a scalar, the factor of the logits. With the whole catalog as negatives this is the
-    full softmax. Under autocast the three large products run in its dtype.
+    full softmax. log_q [P] and [M]: the logarithm of the probability with which an item is among the candidates,
+    taken off its logit, the positive's alike (sampled softmax, Bengio and Senecal 2008); then the sampled loss has
+    the optimum of the full one. Both or neither are given. Under autocast the three large products run in its dtype.
     """
-    loss: Tensor = _InfoNCE.apply(queries_PD, positives_PD, negatives_MD, positive_groups, negative_groups, scale)
+    loss: Tensor = _InfoNCE.apply(
+        queries_PD,
+        positives_PD,
+        negatives_MD,
+        positive_groups,
+        negative_groups,
+        scale,
+        positive_log_q,
+        negative_log_q,
+    )
     return loss

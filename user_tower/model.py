@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from schemas.errors import StoreError
 from schemas.hashing import Digest
 from user_tower.backbones import make_backbone
+from user_tower.times import TimeFeatures
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -31,9 +32,13 @@ class UserTowerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backbone: Literal["sasrec", "llm"] = "sasrec"
-    features: Literal["text", "id"] = "text"
-    """``text``: the cached item vectors. ``id``: a learned table, the ID baseline."""
+    backbone: Literal["sasrec", "hstu", "llm"] = "sasrec"
+    features: Literal["text", "id", "text+id"] = "text"
+    """``text``: the cached item vectors. ``id``: a learned table, the ID baseline. ``text+id``: their sum."""
+    timestamps: bool = False
+    """Also read when each event happened (paper, table 12)."""
+    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """For ``text+id``: share of ids that are hidden in training, so that it learns to do without."""
     hidden: int = Field(default=128, gt=0)
     layers: int = Field(default=2, gt=0)
     heads: int = Field(default=2, gt=0)
@@ -67,7 +72,7 @@ class UserTower(nn.Module):
     """History in, query vector out. One tower works with any catalog of the same item fingerprint."""
 
     def __init__(self, config: UserTowerConfig, item_dim: int | None, vocabulary: list[str] | None) -> None:
-        """item_dim: D of the cached vectors (features ``text``); vocabulary: item ids (features ``id``)."""
+        """item_dim: D of the cached vectors, None for ``id``; vocabulary: item ids, None for ``text``."""
         super().__init__()
         self.config = config
         self.item_dim = item_dim
@@ -81,15 +86,17 @@ class UserTower(nn.Module):
             history=config.history,
             pretrained=config.pretrained,
         )
-        if config.features == "text":
+        self.output: nn.Module = nn.Identity()
+        if config.features != "id":
             assert item_dim is not None
             self.input = nn.Sequential(nn.Linear(item_dim, hidden), nn.LayerNorm(hidden))
-            self.output: nn.Module = nn.Linear(hidden, item_dim)
-        else:
+            self.output = nn.Linear(hidden, item_dim)
+        if config.features != "text":
             assert vocabulary is not None
-            self.ids = nn.Embedding(len(vocabulary) + 1, hidden)  # the last row is the cold vector
-            nn.init.normal_(self.ids.weight, std=0.02)
-            self.output = nn.Identity()
+            width = hidden if item_dim is None else item_dim
+            self.ids = nn.Embedding(len(vocabulary) + 1, width)  # the last row is the cold vector
+            nn.init.normal_(self.ids.weight, std=0.02 if item_dim is None else 0.1 * width**-0.5)
+        self.times = TimeFeatures(hidden) if config.timestamps else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def catalog(
@@ -98,39 +105,52 @@ class UserTower(nn.Module):
         """Bind this tower to a catalog: vectors [N, D] of a snapshot (normalised here), groups [N]."""
         device = self.logit_scale.device
         group_tensor = torch.from_numpy(groups).to(device)
-        if self.config.features == "text":
+        dense = id_rows = None
+        if self.config.features != "id":
             assert vectors is not None
-            dense = torch.from_numpy(np.asarray(vectors, dtype=np.float32)).to(device)
-            return Catalog(F.normalize(dense, dim=-1), None, group_tensor)
-        assert self.vocabulary is not None
-        known = {item_id: row for row, item_id in enumerate(self.vocabulary)}
-        rows = [known.get(item_id, len(known)) for item_id in item_ids]
-        return Catalog(None, torch.tensor(rows, device=device), group_tensor)
+            dense = F.normalize(torch.from_numpy(np.asarray(vectors, dtype=np.float32)).to(device), dim=-1)
+        if self.vocabulary is not None:
+            known = {item_id: row for row, item_id in enumerate(self.vocabulary)}
+            id_rows = torch.tensor([known.get(item_id, len(known)) for item_id in item_ids], device=device)
+        return Catalog(dense, id_rows, group_tensor)
 
-    def item_vectors(self, catalog: Catalog) -> Tensor:
-        """The only source of candidates, for loss, evaluation and index; float32 [N, D or H].
+    def item_vectors(self, catalog: Catalog, rows: Tensor | None = None) -> Tensor:
+        """The only source of candidates, for loss, evaluation and index; float32 [N, D or H]; or those of ``rows``.
 
-        For text features these are the cached vectors themselves; L2-normalised under ``cosine``.
+        For text features these are the cached vectors themselves, for ``text+id`` they are moved by what was learned
+        of each item; L2-normalised under ``cosine``. In training, ids are hidden at random, see ``id_dropout``.
         """
-        if catalog.vectors is not None:
-            return catalog.vectors
-        vectors = self.ids(catalog.id_rows)
+        vectors = catalog.vectors
+        if vectors is not None and rows is not None:
+            vectors = vectors[rows]
+        if catalog.id_rows is None:
+            assert vectors is not None
+            return vectors
+        id_rows = catalog.id_rows if rows is None else catalog.id_rows[rows]
+        if self.training and vectors is not None:
+            hidden = torch.rand(id_rows.shape, device=id_rows.device) < self.config.id_dropout
+            id_rows = id_rows.masked_fill(hidden, self.ids.num_embeddings - 1)
+        learned = self.ids(id_rows)
+        vectors = learned if vectors is None else vectors + learned
         return F.normalize(vectors, dim=-1) if self.config.similarity == "cosine" else vectors
 
-    def forward(self, catalog: Catalog, items: Tensor, lengths: Tensor) -> Tensor:
-        """items: int64 [B, T] catalog rows, right-padded; lengths: [B]. Returns queries [B, T, D or H].
+    def forward(self, catalog: Catalog, items: Tensor, lengths: Tensor, times: Tensor) -> Tensor:
+        """items, times: int64 [B, T] catalog rows and milliseconds, right-padded; lengths: [B]. Returns queries
+        [B, T, D or H].
 
         A query is in the space of ``item_vectors``, L2-normalised under ``cosine``. Positions count from the
         end (the newest event has history - 1), so that a short history looks like the end of a long one.
         """
-        if catalog.vectors is not None:
-            x_BTH = self.input(catalog.vectors[items])
-        else:
+        if self.config.features == "id":
             assert catalog.id_rows is not None
             x_BTH = self.ids(catalog.id_rows[items])
+        else:
+            x_BTH = self.input(self.item_vectors(catalog, items))
+        if self.times is not None:
+            x_BTH = x_BTH + self.times(times)
         steps = torch.arange(items.shape[1], device=items.device)
         positions = (self.config.history - lengths[:, None] + steps).clamp(0, self.config.history - 1)
-        queries = self.output(self.backbone(x_BTH, positions)).float()
+        queries = self.output(self.backbone(x_BTH, positions, times)).float()
         return F.normalize(queries, dim=-1) if self.config.similarity == "cosine" else queries
 
     def scale(self) -> Tensor:
@@ -139,9 +159,9 @@ class UserTower(nn.Module):
             return torch.ones((), device=self.logit_scale.device)
         return self.logit_scale.clamp(0, MAX_LOGIT_SCALE).exp()
 
-    def queries(self, catalog: Catalog, items: Tensor, lengths: Tensor) -> Tensor:
+    def queries(self, catalog: Catalog, items: Tensor, lengths: Tensor, times: Tensor) -> Tensor:
         """The query after the newest event of each history; float32 [B, D or H]."""
-        outputs = self(catalog, items, lengths)
+        outputs = self(catalog, items, lengths, times)
         return outputs[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
     def fingerprint(self) -> str:

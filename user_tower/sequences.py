@@ -20,12 +20,13 @@ class Histories:
     """What each user did, oldest first.
 
     users: U ids; offsets: [U + 1], the events of user u are items[offsets[u]:offsets[u + 1]];
-    items: [E] catalog rows.
+    items: [E] catalog rows; times: [E] milliseconds since 1970, UTC, or None where they are not known.
     """
 
     users: list[str]
     offsets: IntArray
     items: IntArray
+    times: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -39,6 +40,11 @@ class Histories:
         """Catalog rows of one user's events, oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
+    def times_of(self, user: int) -> IntArray:
+        """Milliseconds of one user's events; 0 where they are not known."""
+        part = slice(self.offsets[user], self.offsets[user + 1])
+        return np.zeros_like(self.items[part]) if self.times is None else self.times[part]
+
     def cut(self, ends: IntArray) -> Histories:
         """The first ``ends[u]`` events of each user u; users stay, even with none left."""
         keep = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths) < np.repeat(ends, self.lengths)
@@ -46,54 +52,65 @@ class Histories:
 
     def map_items(self, rows: IntArray) -> Histories:
         """Events with each catalog row r replaced by ``rows[r]``; events mapped to -1 are dropped."""
-        mapped = Histories(self.users, self.offsets, rows[self.items])
+        mapped = Histories(self.users, self.offsets, rows[self.items], self.times)
         return mapped._where(mapped.items >= 0)
 
     def select(self, users: IntArray) -> Histories:
         """The histories of some users, in the order given."""
-        items = [self.of(int(user)) for user in users]
-        offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in items])]).astype(np.int64)
-        flat = np.concatenate(items) if items else np.zeros(0, dtype=np.int64)
-        return Histories([self.users[int(user)] for user in users], offsets, flat)
+        lengths = self.lengths[users]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        events = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][users] - offsets[:-1], lengths)
+        times = None if self.times is None else self.times[events]
+        return Histories([self.users[int(user)] for user in users], offsets, self.items[events], times)
 
     def _where(self, keep: NDArray[np.bool_]) -> Histories:
         kept = np.concatenate([[0], np.cumsum(keep)])
-        return Histories(self.users, kept[self.offsets].astype(np.int64), self.items[keep])
+        times = None if self.times is None else self.times[keep]
+        return Histories(self.users, kept[self.offsets].astype(np.int64), self.items[keep], times)
+
+
+def target_counts(histories: Histories, catalog: int) -> IntArray:
+    """[catalog] how often each item is a target in training: in every place but a history's first."""
+    first = np.zeros(len(histories.items), dtype=bool)
+    first[histories.offsets[:-1][histories.lengths > 0]] = True
+    return np.bincount(histories.items[~first], minlength=catalog)
 
 
 class Batch(NamedTuple):
     """A right-padded batch of windows.
 
     items: [B, T] catalog rows, 0 where padded; lengths: [B] true positions;
-    targets: [B, T] the next item of each position, -1 where there is none.
+    targets: [B, T] the next item of each position, -1 where there is none;
+    times: [B, T] milliseconds, 0 where padded or not known.
     """
 
     items: IntArray
     lengths: IntArray
     targets: IntArray
+    times: IntArray
 
 
 def last_events(histories: Histories, length: int) -> Batch:
     """The last ``length`` events of every user as one batch, for inference; targets are all -1."""
-    return _pad([histories.of(user)[-length:] for user in range(len(histories))], with_targets=False)
+    ends = histories.offsets[1:]
+    return _pad(histories, np.maximum(histories.offsets[:-1], ends - length), ends, with_targets=False)
 
 
-def training_windows(histories: Histories, length: int, rng: np.random.Generator) -> list[IntArray]:
-    """Windows of at most ``length`` + 1 events that overlap by one, so that each event is a target once.
+def training_windows(histories: Histories, length: int, rng: np.random.Generator) -> IntArray:
+    """Windows of at most ``length`` + 1 events that overlap by one, so that each event is a target once; [W, 2],
+    the first event of each and the one after its last.
 
     The newest window of a user is full, unless a shift drawn per user moves the cuts: an item is then met
     at other positions each epoch.
     """
     windows = []
-    for user in range(len(histories)):
-        events = histories.of(user)
-        end = len(events)
-        first = length if end <= length + 1 else int(rng.integers(length // 2, length + 1))
-        while end > 1:
-            start = max(0, end - 1 - first)
-            windows.append(events[start:end])
+    for begin, end in zip(histories.offsets[:-1].tolist(), histories.offsets[1:].tolist(), strict=True):
+        first = length if end - begin <= length + 1 else int(rng.integers(length // 2, length + 1))
+        while end - begin > 1:
+            start = max(begin, end - 1 - first)
+            windows.append((start, end))
             end, first = start + 1, length
-    return windows
+    return np.array(windows, dtype=np.int64).reshape(-1, 2)
 
 
 def training_batches(histories: Histories, length: int, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
@@ -103,20 +120,25 @@ def training_batches(histories: Histories, length: int, batch_size: int, rng: np
     pool = batch_size * 16
     cuts = []
     for start in range(0, len(order), pool):
-        chunk = sorted(order[start : start + pool], key=lambda number: len(windows[number]))
+        chunk = order[start : start + pool]
+        chunk = chunk[np.argsort(windows[chunk, 1] - windows[chunk, 0], kind="stable")]
         cuts += [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
     for number in rng.permutation(len(cuts)):
-        yield _pad([windows[window] for window in cuts[number]], with_targets=True)
+        chosen = windows[cuts[number]]
+        yield _pad(histories, chosen[:, 0], chosen[:, 1], with_targets=True)
 
 
-def _pad(windows: list[IntArray], with_targets: bool) -> Batch:
-    inputs = [window[:-1] if with_targets else window for window in windows]
-    lengths = np.array([len(window) for window in inputs], dtype=np.int64)
+def _pad(histories: Histories, starts: IntArray, ends: IntArray, with_targets: bool) -> Batch:
+    """Events starts[b] to ends[b] of each row; with targets, the last one is a target and not an input."""
+    lengths = ends - starts - (1 if with_targets else 0)
     width = max(1, int(lengths.max(initial=0)))
-    items = np.zeros((len(windows), width), dtype=np.int64)
-    targets = np.full((len(windows), width), -1, dtype=np.int64)
-    for row, (window, given) in enumerate(zip(windows, inputs, strict=True)):
-        items[row, : len(given)] = given
-        if with_targets:
-            targets[row, : len(given)] = window[1:]
-    return Batch(items, lengths, targets)
+    steps = np.arange(width)
+    real = steps < lengths[:, None]
+    events = np.where(real, starts[:, None] + steps, 0)
+    targets = np.full(events.shape, -1, dtype=np.int64)
+    if not len(histories.items):
+        return Batch(np.zeros_like(events), lengths, targets, np.zeros_like(events))
+    if with_targets:
+        targets[real] = histories.items[events[real] + 1]
+    times = np.zeros_like(events) if histories.times is None else np.where(real, histories.times[events], 0)
+    return Batch(np.where(real, histories.items[events], 0), lengths, targets, times)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from schemas.errors import TrainingError
 from user_tower.loss import info_nce
 from user_tower.model import Catalog, UserTower
+from user_tower.negatives import Negatives, NegativeSampler, Sampling
 from user_tower.sequences import Batch
 
 
@@ -41,7 +42,10 @@ class TrainConfig(BaseModel):
     validate_every: int = Field(default=1, gt=0)
     """Epochs between validations."""
     negatives: int = Field(default=0, ge=0)
-    """Uniform negatives a step, shared by its positions; 0 is the whole catalog."""
+    """Negatives drawn a step, shared by its positions; 0 is the whole catalog."""
+    sampling: Sampling = "uniform"
+    """``uniform``, ``popularity``, ``in-batch`` (none is drawn) or ``mixed`` (in-batch and uniform); all but the
+    first are corrected by logQ."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     seed: int = 0
 
@@ -66,36 +70,34 @@ class FitResult:
 class UserStep(nn.Module):
     """Stage II's step: windows of histories over one open catalog to the loss."""
 
-    def __init__(self, tower: UserTower, catalog: Catalog, candidates: Tensor, negatives: int) -> None:
-        """candidates: int64 [C] catalog rows that may be negatives, the available ones."""
+    def __init__(self, tower: UserTower, catalog: Catalog, sampler: NegativeSampler) -> None:
         super().__init__()
         self.tower = tower
         self.open_catalog = catalog
-        self.candidates = candidates
-        self.negatives = negatives
+        self.sampler = sampler
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean InfoNCE of the batch's positions, a scalar."""
-        rows = self.candidates
-        if self.negatives and self.negatives < len(rows):
-            rows = rows[torch.randint(len(rows), (self.negatives,), device=rows.device)]
-        return sequence_loss(self.tower, self.open_catalog, batch, rows)
+        targets = torch.from_numpy(batch.targets[batch.targets >= 0]).to(self.open_catalog.groups.device)
+        return sequence_loss(self.tower, self.open_catalog, batch, self.sampler.draw(targets))
 
 
-def sequence_loss(tower: UserTower, catalog: Catalog, batch: Batch, negative_rows: Tensor) -> Tensor:
-    """InfoNCE of every position of a batch against the catalog rows ``negative_rows`` [M]; a scalar."""
+def sequence_loss(tower: UserTower, catalog: Catalog, batch: Batch, negatives: Negatives) -> Tensor:
+    """InfoNCE of every position of a batch against the negatives; a scalar."""
     device = catalog.groups.device
-    items, lengths, targets = (torch.from_numpy(array).to(device) for array in batch)
-    queries_PD = tower(catalog, items, lengths)[targets >= 0]
+    items, lengths, targets, times = (torch.from_numpy(array).to(device) for array in batch)
+    queries_PD = tower(catalog, items, lengths, times)[targets >= 0]
     target_rows = targets[targets >= 0]
-    candidates_ND = tower.item_vectors(catalog)
+    log_q_N = negatives.log_q
     return info_nce(
         queries_PD,
-        candidates_ND[target_rows],
-        candidates_ND[negative_rows],
+        tower.item_vectors(catalog, target_rows),
+        tower.item_vectors(catalog, negatives.rows),
         catalog.groups[target_rows],
-        catalog.groups[negative_rows],
+        catalog.groups[negatives.rows],
         tower.scale(),
+        None if log_q_N is None else log_q_N[target_rows],
+        None if log_q_N is None else log_q_N[negatives.rows],
     )
 
 
