@@ -12,7 +12,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        bench-seeds bench-grid bench-embed bench-cache test test-all lint types
+        bench-seeds bench-grid bench-embed bench-cache bench-ingest test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench-embed: $(STAMP) ## the Ray job against its encoder, the roofline and sente
 
 bench-cache: $(STAMP) ## a plan of 10M items, and opening 1M x 384 against np.load (20 GB of disk)
 	@$(HLLM) bench cache --config $(CONFIG) $(ARGS)
+
+bench-ingest: $(STAMP) ## 20M interactions and 2M items from gz CSV against polars' bare scan (2 GB of disk)
+	@$(HLLM) bench ingest --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import re
+import unicodedata
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -13,7 +16,9 @@ from schemas.hashing import hash_texts
 
 # Part of the fingerprint. Any change to what render() returns for any row needs a new number here;
 # tests/test_item_tower_prompt.py holds the golden texts.
-RENDER_VERSION = 1
+RENDER_VERSION = 2
+# white space of every kind, control characters, the byte order mark
+_BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ufeff]+")
 
 
 class TemplateConfig(BaseModel):
@@ -30,15 +35,24 @@ class TemplateConfig(BaseModel):
     """An item all of whose fields are empty stops the job, or is left out, counted."""
 
 
+def clean_text(text: str) -> str:
+    """A text as the Item LLM reads it: HTML entities resolved once, Unicode in composed form (NFC), control
+    characters and runs of white space as one space, none at the ends.
+    """
+    if text.isascii() and text.isprintable() and "&" not in text and "  " not in text:
+        return text.strip()  # most texts
+    return _BLANKS.sub(" ", unicodedata.normalize("NFC", html.unescape(text))).strip()
+
+
 def _value_text(value: Any) -> str:
-    """One cell as text: lists are joined by commas, nothing is the empty string."""
+    """One cell as text (``clean_text``): lists are joined by commas, nothing is the empty string."""
     if value is None:
         return ""
     if isinstance(value, list | tuple):
         return ", ".join(text for text in map(_value_text, value) if text)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = str(value).strip()
+    text = clean_text(str(value))
     return "" if text == "nan" else text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs import bench_cache, bench_embed, demo, train_user
+from jobs import bench_cache, bench_embed, bench_ingest, demo, train_user
 from jobs.compare_runs import newest_runs, user_values
 from jobs.config import load_config, local_store
 from jobs.context import Context
@@ -79,4 +79,10 @@ def grid(config: str, sets: list[str]) -> dict[str, Any]:
     return {"name": "grid", "rows": rows, "best": best, "ratio": {}}
 
 
-BENCHES = {"seeds": seeds, "grid": grid, "embed": bench_embed.run, "cache": bench_cache.run}
+BENCHES = {
+    "seeds": seeds,
+    "grid": grid,
+    "embed": bench_embed.run,
+    "cache": bench_cache.run,
+    "ingest": bench_ingest.run,
+}

@@ -116,7 +116,7 @@ def _measured(work: Callable[[Path], dict[str, Any] | None], root: Path, answers
     answers.put(found | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
 
 
-def _apart(name: str, work: Callable[[Path], dict[str, Any] | None], root: Path) -> dict[str, Any]:
+def apart(name: str, work: Callable[[Path], dict[str, Any] | None], root: Path) -> dict[str, Any]:
     """The work in a fresh process, with its peak memory in MiB."""
     spawn = multiprocessing.get_context("spawn")
     answers = spawn.Queue()
@@ -133,12 +133,12 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-cache-") as folder:
         root = Path(folder)
-        _apart("make", _make_open_store, root)
-        rows += [_apart("np.load", _npload, root), _apart("first open", _open, root)]
-        rows.append(_apart("second open", _open, root))
+        apart("make", _make_open_store, root)
+        rows += [apart("np.load", _npload, root), apart("first open", _open, root)]
+        rows.append(apart("second open", _open, root))
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-cache-") as folder:
-        _apart("make", _make_plan_store, Path(folder))
-        rows.append(_apart("plan", _plan, Path(folder)))
+        apart("make", _make_plan_store, Path(folder))
+        rows.append(apart("plan", _plan, Path(folder)))
     loaded, first, second, plan = rows
     ratio = {
         "first_open_over_npload": round(first["seconds"] / loaded["seconds"], 2),

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--user", help="a user of the data set")
     who.add_argument("--items", help="item ids, oldest first, with commas between")
     recommend.add_argument("--k", type=int, default=10, help="how many items")
-    commands.choices["bench"].add_argument("bench", choices=("seeds", "grid", "embed", "cache"))
+    commands.choices["bench"].add_argument("bench", choices=("seeds", "grid", "embed", "cache", "ingest"))
     return parser
 
 

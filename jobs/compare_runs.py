@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from jobs.context import Context
 from jobs.evaluate import protocol
+from pipeline.dataset import read_profile
 from pipeline.files import write_file
 from pipeline.metrics import FloatArray, paired_difference, per_user
+from pipeline.profile import drift_rows
 from pipeline.report import as_html, as_text, rows, samples_as_text
 from pipeline.splits import Split
 from pipeline.tracking import FoundRun
@@ -69,6 +71,7 @@ def run(context: Context, split: Split = "test") -> dict[str, Any]:
     print(f"{title}\n\n{as_text(header, cells)}\n\n{best.name} recommends:\n\n{samples_as_text(samples)}\n")
     path = context.store.root / "reports" / f"{data.name}-{split}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, as_html(title, header, cells, samples, best.name).encode())
+    figures = drift_rows(read_profile(context.store, data))
+    write_file(path, as_html(title, header, cells, samples, best.name, figures).encode())
     print(f"report: {path}", file=sys.stderr)
     return {"runs": runs, "best": best.name, "report": str(path)}

@@ -25,7 +25,7 @@ from pipeline.cleanup import RetentionConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.gates import GateConfig
 from pipeline.index import IndexConfig
-from pipeline.ingest import DataConfig
+from pipeline.intake import DataConfig
 from pipeline.joint import JointConfig
 from pipeline.tracking import TrackingConfig
 from schemas.errors import ConfigError

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -10,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.catalog import SLICE_ROWS
-from pipeline.files import next_created_at, record_id, write_record
-from pipeline.ingest import CleanTables, to_arrow
+from pipeline.events import Events
+from pipeline.files import next_created_at, record_id, write_file, write_record
+from pipeline.ingest import CleanTables
+from pipeline.intake import to_arrow
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
@@ -19,7 +25,7 @@ from schemas.hashing import Digest
 from schemas.records import Dataset
 from user_tower.sequences import Histories
 
-_DIGEST_ROWS = 1_000_000
+PROFILE = "profile.json"
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,28 @@ class OpenDataset:
         return self.items.column(tables.AVAILABLE).to_numpy()
 
 
-def data_digest(items: pl.DataFrame, interactions: pl.DataFrame) -> str:
+def data_digest(items: pl.DataFrame, events: Events) -> str:
     """The data version: a digest of both ordered tables, 32 hexadecimal characters."""
-    digest = Digest()
-    for table in (items, interactions):
-        digest.add(",".join(table.columns))
-        for part in table.iter_slices(_DIGEST_ROWS):
-            digest.add(part.write_ndjson())
+    digest = Digest().add(",".join(items.columns))
+    for part in items.iter_slices(SLICE_ROWS):
+        digest.add(part.write_ndjson())
+    events.digest_into(digest)
     return digest.hexdigest()
 
 
-def write_dataset(store: Store, name: str, clean: CleanTables) -> tuple[Dataset, bool]:
-    """Publish the tables, or return the newest data set when it is the same; and whether it was there."""
-    digest = data_digest(clean.items, clean.interactions)
+def catalog_file(store: Store, record: Dataset) -> Path:
+    """Where the catalog of a data set lies."""
+    return store.folder(record) / "items.parquet"
+
+
+def write_dataset(
+    store: Store, name: str, clean: CleanTables, describe: Callable[[], dict[str, Any]]
+) -> tuple[Dataset, bool]:
+    """Publish the tables, or return the newest data set when it is the same; and whether it was there.
+
+    describe: makes the profile that is kept beside the record (``pipeline.profile``); asked only for new data.
+    """
+    digest = data_digest(clean.items, clean.events)
     existing = store.all(Dataset, name=name)
     if existing and existing[-1].digest == digest:
         return existing[-1], True
@@ -64,21 +79,43 @@ def write_dataset(store: Store, name: str, clean: CleanTables) -> tuple[Dataset,
         name=name,
         digest=digest,
         items=clean.items.height,
-        users=clean.interactions[tables.USER_ID].n_unique(),
-        interactions=clean.interactions.height,
+        users=clean.events.count(tables.USER_ID),
+        interactions=len(clean.events),
         quarantined=clean.quarantine.height,
         filtered=clean.filtered,
         rows_in=clean.rows_in,
-        watermark=int(clean.interactions[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
+        carried=clean.carried,
+        watermark=int(clean.events.rows[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
     )
+    profile = describe()
     with store.new(Dataset, record.id) as folder:
-        pq.write_table(to_arrow(clean.items), folder / "items.parquet", row_group_size=SLICE_ROWS)
-        events = tables.check(to_arrow(clean.interactions), tables.INTERACTIONS, "interactions")
-        pq.write_table(events, folder / "interactions.parquet")
+        _write_slices(folder / "items.parquet", map(to_arrow, clean.items.iter_slices(SLICE_ROWS)))
+        _write_slices(folder / "interactions.parquet", clean.events.slices())
         rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")
         pq.write_table(rejected, folder / "quarantine.parquet")
+        write_file(folder / PROFILE, json.dumps(profile, indent=1).encode())
         write_record(folder, record)
     return record, False
+
+
+def _write_slices(path: Path, slices: Iterator[pa.Table]) -> None:
+    first = next(slices)
+    with pq.ParquetWriter(path, first.schema) as file:
+        file.write_table(first)
+        for part in slices:
+            file.write_table(part)
+
+
+def read_profile(store: Store, record: Dataset) -> dict[str, Any]:
+    """The profile of a data set, empty for one that was prepared without. Raises StoreError when it is damaged."""
+    path = store.folder(record) / PROFILE
+    if not path.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}; run prepare-data again") from error
+    return found
 
 
 def open_dataset(store: Store, record: Dataset) -> OpenDataset:

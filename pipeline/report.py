@@ -48,8 +48,22 @@ def samples_as_text(samples: list[dict[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
-def as_html(title: str, header: list[str], cells: list[list[str]], samples: list[dict[str, Any]], best: str) -> str:
-    """One self-contained page."""
+def _data_section(figures: list[list[str]]) -> str:
+    """The data set's profile as a table; figures: name, now, and before where it was another."""
+    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in figures)
+    head = "<tr><th>figure</th><th>now</th><th>before</th></tr>"
+    return f"<h2>Data</h2><table>{head}{lines}</table>" if figures else ""
+
+
+def as_html(
+    title: str,
+    header: list[str],
+    cells: list[list[str]],
+    samples: list[dict[str, Any]],
+    best: str,
+    figures: list[list[str]],
+) -> str:
+    """One self-contained page. figures: of the data set, see ``_data_section``."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr{' class=best' if line[0] == best else ''}>"
@@ -66,5 +80,5 @@ def as_html(title: str, header: list[str], cells: list[list[str]], samples: list
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
         f"<h1>Runs</h1><p><small>{escape(title)}</small></p><table><tr>{head}</tr>{body}</table>"
-        f"<h2>Samples</h2>{users}</html>\n"
+        f"<h2>Samples</h2>{users}{_data_section(figures)}</html>\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 DIGEST_BYTES = 16
@@ -71,3 +72,9 @@ def hash_block(block: bytes | memoryview) -> bytes:
 def join_blocks(length: int, digests: Sequence[bytes]) -> str:
     """``block_digest`` of ``length`` bytes from the ``hash_block`` of each 8 MiB of them, in order."""
     return hash_bytes(length.to_bytes(8, "little"), *digests).hex()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b-128 of a file's bytes; 32 hexadecimal characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()

@@ -30,7 +30,8 @@ class Dataset(Record):
     quarantined: int
     filtered: dict[str, int]  # reason -> rows
     rows_in: dict[str, int]  # table -> rows read
-    watermark: int  # latest event, milliseconds
+    carried: int = 0  # items that left the feed and are named by an event; unavailable
+    watermark: int  # of both tables: the latest event, milliseconds; the catalog is read before the events
 
 
 class ItemTower(Record):

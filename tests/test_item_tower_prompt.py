@@ -20,7 +20,7 @@ ITEMS = pa.table(
 
 
 def test_golden_texts():
-    assert RENDER_VERSION == 1
+    assert RENDER_VERSION == 2
     template = TemplateConfig(fields=("title", "year", "tags"))
     assert render(ITEMS, template) == [
         "Compress the following sentence into embedding: title: Toy Story, year: 1995, tags: fun, kids",
@@ -34,6 +34,27 @@ def test_golden_texts():
         "year: 2001.5",
         "",
     ]
+
+
+DIRTY = {
+    "AT&amp;T &#39;n&#39; more&nbsp;&lt;b&gt;": "AT&T 'n' more <b>",
+    "&amp;amp; once": "&amp; once",  # resolved once: what was written twice stays as it was written
+    "AT&T & co": "AT&T & co",
+    "Cafe\u0301": "Caf\u00e9",  # NFC
+    "\ufb01ne \u2160": "\ufb01ne \u2160",  # not NFKC: compatibility forms stay
+    "one\x00two\x1bthree\x7ffour\x85five": "one two three four five",
+    "  line\r\nbreak\ttab \u00a0 \u3000 wide  ": "line break tab wide",
+    "\ufeffmark": "mark",
+    "\u65e5\u672c \U0001f600": "\u65e5\u672c \U0001f600",
+    "\x00\x01": "",
+    "&#0;": "\ufffd",
+}
+
+
+@pytest.mark.parametrize("text", DIRTY)
+def test_golden_texts_of_dirty_cells(text):
+    (found,) = render(pa.table({"title": [text]}), TemplateConfig(prompt=""))
+    assert found == (f"title: {DIRTY[text]}" if DIRTY[text] else "")
 
 
 @pytest.mark.parametrize("field", ["missing", "item_id", "available"])

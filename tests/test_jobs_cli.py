@@ -43,7 +43,7 @@ BAD_TABLES = {
     ),
     "ragged rows": (
         lambda ws: ws.data("items").write_text("item_id,title,year\na,b,c,d,e\n"),
-        r"items.csv: cannot be read",
+        r"items.csv: 1 of 1 rows rejected, more than data.reject_share = 0.01; first row 1: 5 cells, expected 3: a,b",
     ),
 }
 

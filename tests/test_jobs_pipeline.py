@@ -87,8 +87,37 @@ def test_only_what_changed_is_embedded_and_ray_stays_out(workspace, embed_here):
     assert len({first["snapshot"], third["snapshot"], fourth["snapshot"]}) == 3
     items.filter(pl.col("item_id") != "i5").write_csv(workspace.data("items"))
     workspace.run("prepare-data")
+    assert workspace.run("embed-items", *base)["removed"] == 0  # events still name it
+    events = pl.read_csv(workspace.data("events"))
+    events.filter(pl.col("item_id") != "i5").write_csv(workspace.data("events"))
+    assert workspace.run("prepare-data")["removed"] == 1
     assert workspace.run("embed-items", *base)["removed"] == 1
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_an_item_that_left_the_feed_stays_for_histories_and_is_never_recommended(workspace, embed_here):
+    workspace.toml.write_text(workspace.toml.read_text() + '[item_tower]\nuse = "base"\n')
+    workspace.run("prepare-data")
+    workspace.run("embed-items")
+    items = pl.read_csv(workspace.data("items"))
+    items.filter(pl.col("item_id") != "i4").with_columns(colour=pl.lit("x")).write_csv(workspace.data("items"))
+    prepared = workspace.run("prepare-data")
+    assert (prepared["items"], prepared["carried"], prepared["removed"]) == (24, 1, 0)
+    assert prepared["rows_in"] == {"items": 23, "interactions": 720}
+    assert workspace.run("prepare-data")["reused"]  # the carried item is carried again
+    (catalog,) = workspace.store.glob(f"datasets/{prepared['dataset']}/items.parquet")
+    row = pl.read_parquet(catalog).row(by_predicate=pl.col("item_id") == "i4", named=True)
+    assert row == {"item_id": "i4", "title": "The red 4", "year": "4", "available": False, "colour": None}
+    snapshot = workspace.run("embed-items")
+    assert (snapshot["items"], snapshot["embedded"], snapshot["removed"]) == (24, 0, 0)
+    (rows,) = workspace.store.glob(f"snapshots/{snapshot['snapshot']}/items.parquet")
+    assert pl.read_parquet(rows).filter(pl.col("available").not_())["item_id"].to_list() == ["i4"]
+    workspace.run("train-user", "--set", "train.epochs=1")
+    workspace.run("build-index")
+    for history in ("i0,i2,i6", "i4,i0"):
+        found = workspace.run("recommend", "--items", history, "--k", "20")["items"]
+        assert found
+        assert "i4" not in {item["item_id"] for item in found}
 
 
 def test_row_order_of_the_inputs_changes_nothing(workspace, embed_here):

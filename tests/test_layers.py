@@ -26,10 +26,18 @@ KEEPERS = {
     "polars": {
         "pipeline/cache.py",
         "pipeline/cleanup.py",
+        "pipeline/columns.py",
         "pipeline/dataset.py",
+        "pipeline/events.py",
+        "pipeline/filters.py",
         "pipeline/gates.py",
+        "pipeline/importers.py",
         "pipeline/ingest.py",
+        "pipeline/intake.py",
+        "pipeline/items.py",
         "pipeline/matrix.py",
+        "pipeline/profile.py",
+        "pipeline/readers.py",
     },
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -147,7 +147,11 @@ def test_unusable_tables_are_named(prepare, items, events, message):
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        (EVENTS | {"user_id": [1.5, 2.5, 3.5]}, "column 'user_id' is Float64, expected text or whole numbers"),
+        (EVENTS | {"user_id": [1.5, 2.5, 3.5]}, "3 of 3 rows rejected.*user_id is no whole number"),
+        (
+            EVENTS | {"user_id": [True, False, True]},
+            "column 'user_id' is Boolean, expected text or whole numbers",
+        ),
         (
             EVENTS | {"timestamp": [True, False, True]},
             "column 'timestamp' is Boolean, expected numbers or a datetime",
@@ -160,6 +164,8 @@ def test_wrong_types_are_named(prepare, events, message):
 
 
 def test_missing_damaged_and_foreign_files_are_named(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,a,1\n")
+
     def run(name):
         return ingest(DataConfig(items=tmp_path / name, interactions=tmp_path / "x.csv"))
 
