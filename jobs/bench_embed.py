@@ -4,7 +4,6 @@ sentence-transformers, on the texts of the configured catalog.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +19,10 @@ from item_tower.cpu import PackedLinear, can_pack, speed_up
 from item_tower.embed import EmbedConfig, embed_texts
 from item_tower.encoder import ItemEncoder, default_device, resolve_model
 from item_tower.prompt import render
-from jobs import embed_items
-from jobs.config import load_config, local_store
+from jobs.bench_nights import run_nights
+from jobs.config import load_config
 from jobs.context import Context
 from schemas.errors import ConfigError
-from schemas.records import Dataset
 
 SAMPLE, ROUNDS = 4_096, 3
 BATCH_SIZES = (32, 64, 128, 256)
@@ -106,19 +104,6 @@ def _device_name(encoder: ItemEncoder) -> str:
     return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _job(context: Context, config: str, sets: list[str]) -> dict[str, Any]:
-    """The real job over the whole catalog, in a store of its own that is empty before and removed afterwards."""
-    dataset = context.store.require(Dataset, name=context.config.data.name)
-    root = local_store(context.config).with_name(f"{local_store(context.config).name}-bench")
-    shutil.rmtree(root, ignore_errors=True)
-    try:
-        own = Context(load_config(config, None, [*sets, f'store="{root}"', 'item_tower.use="base"']))
-        shutil.copytree(context.store.folder(dataset), own.store.folder(dataset))
-        return embed_items.run(own)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
 def run(config: str, sets: list[str]) -> dict[str, Any]:
     """Print rates and ratios. Raises ConfigError without sentence-transformers, NotFoundError before prepare-data."""
     context = Context(load_config(config, None, [*sets, 'item_tower.use="base"']))
@@ -134,17 +119,17 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     budget = embed.tokens_at_once(encoder.device)
     flops, best_rate = model_flops(encoder, lengths), roofline(encoder, budget)
     speed_up(encoder)
-    default, half = _peer(context, torch.float32), _peer(context, torch.bfloat16)
+    default, other = _peer(context, torch.float32), _peer(context, getattr(torch, encoder.config.compute_dtype))
 
     def by_peer(batch: int) -> Callable[[], object]:
-        return lambda: half.encode(texts, batch_size=batch, show_progress_bar=False, convert_to_tensor=True)
+        return lambda: other.encode(texts, batch_size=batch, show_progress_bar=False, convert_to_tensor=True)
 
     batch = min(BATCH_SIZES, key=lambda size: _best(by_peer(size), 1))
     rates = _rates(
         {
             "encoder": lambda: embed_texts(encoder, texts, embed),
             "sentence_transformers": lambda: default.encode(texts, show_progress_bar=False),
-            f"sentence_transformers bf16 x {batch}": by_peer(batch),
+            f"sentence_transformers {encoder.config.compute_dtype} x {batch}": by_peer(batch),
         },
         len(texts),
     )
@@ -152,15 +137,18 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     full = EmbedConfig(output_dtype="float32")
     stored = embed_texts(encoder, texts, embed).vectors
     cosine = _cosine(stored, embed_texts(reference.to(default_device()), texts, full).vectors)
-    done = _job(context, config, sets)
+    nights = run_nights(context, config, sets)
+    done = nights["full"]
     ratio = {
         "job_over_sentence_transformers": done["items_per_second"] / plain,
         "job_over_sentence_transformers_best": done["items_per_second"] / tuned,
         "job_over_encoder": done["items_per_second"] / ours,
         "encoder_over_roofline": flops / len(texts) * ours / best_rate,
+        "refresh_share": nights["delta"]["seconds"] / done["seconds"],
     }
     rows = [{"name": name, "items_per_second": round(rate, 1)} for name, rate in rates.items()]
-    rows.append({"name": "job", "items_per_second": done["items_per_second"], "items": done["embedded"]})
+    shown = ("items", "embedded", "reused", "seconds", "items_per_second")
+    rows += [{"name": f"job, {name}"} | {key: figures[key] for key in shown} for name, figures in nights.items()]
     return {
         "name": "embed",
         "rows": rows,

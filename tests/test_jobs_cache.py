@@ -9,6 +9,9 @@ import polars as pl
 import pytest
 
 from item_tower.encoder import ItemEncoder
+from jobs import bench_nights
+from jobs.config import load_config
+from jobs.context import Context
 from jobs.embed_worker import MAX_DEATHS, Ledger
 from pipeline.cache import open_snapshot
 from pipeline.store import Store
@@ -154,6 +157,17 @@ def test_items_are_exported_as_float32_lists(workspace, embed_here, tmp_path):
     assert table["item_id"].to_list() == matrix.item_ids
     assert np.array_equal(np.array(table["embedding"].to_list()), matrix.vectors.astype(np.float32))
     assert "make it first" in workspace.fails("export-items", "--out", str(tmp_path / "no" / "x"), *BASE)["error"]
+
+
+def test_the_nights_of_the_bench_embed_all_nothing_and_what_changed(workspace, embed_here, monkeypatch):
+    for name in ("CHANGED", "NEW", "REMOVED"):
+        monkeypatch.setattr(bench_nights, name, 0.1)
+    workspace.run("prepare-data")
+    context = Context(load_config(str(workspace.toml), None, ['item_tower.use="base"']))
+    nights = bench_nights.run_nights(context, str(workspace.toml), ["embed.full_from=50"])
+    assert [nights[name]["embedded"] for name in ("full", "nothing", "delta")] == [24, 0, 4]
+    assert (nights["delta"]["items"], nights["delta"]["removed"]) == (24, 2)
+    assert not list(workspace.folder.glob("store-bench*"))
 
 
 def test_the_ledger_halves_what_workers_die_of_until_one_text_is_left():
