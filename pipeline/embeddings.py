@@ -37,7 +37,6 @@ T = TypeVar("T")
 _FORMAT_KEY = "hllm.store_format"
 _PARTITIONS = [tables.FINGERPRINT, tables.FILE]
 _LOG = "_delta_log/"
-_READERS = 4
 _BATCH_ROWS = 8_192
 _HOOKS = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
@@ -320,14 +319,14 @@ def _only(*columns: str) -> pa.Schema:
     return pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
 
 
-def on_threads(work: Callable[[S], T], parts: Sequence[S]) -> Iterator[T]:
-    """``work`` of each part, in order, on a few threads, a few parts ahead of the caller."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        ahead = deque(pool.submit(work, part) for part in parts[:_READERS])
+def on_threads(work: Callable[[S], T], parts: Sequence[S], threads: int = 4) -> Iterator[T]:
+    """``work`` of each part, in order, on a few threads, as many parts ahead of the caller."""
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(work, part) for part in parts[:threads])
         for number in range(len(parts)):
             result = ahead.popleft().result()
-            if number + _READERS < len(parts):
-                ahead.append(pool.submit(work, parts[number + _READERS]))
+            if number + threads < len(parts):
+                ahead.append(pool.submit(work, parts[number + threads]))
             yield result
 
 

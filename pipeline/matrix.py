@@ -125,7 +125,8 @@ def _build(
         used = np.flatnonzero(np.diff(bounds)).tolist()
         parts = [(files[n], order[bounds[n] : bounds[n + 1]], int(starts[n])) for n in used]
         with naming(store.matrices), output:
-            for _ in on_threads(fill, parts):
+            # each holds a row group's column in memory
+            for _ in on_threads(fill, parts, threads=2):
                 pass
             digest = output.digest()
         mapped = map_matrix(aside, dtype, (len(keys), dim))  # stays open whatever becomes of the file's name
