@@ -110,5 +110,6 @@ def embed_windows(
             for report in reports.iter_rows():
                 tokens, padded = tokens + report["tokens"], padded + report["padded"]
                 waste = f"{1 - tokens / max(1, padded):.1%}"
-                bar.set_postfix(tokens=tokens, padding=waste, refresh=False)
+                speed = f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f}"
+                bar.set_postfix({"tokens/s": speed, "padding": waste}, refresh=False)
                 yield report
