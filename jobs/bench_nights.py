@@ -44,7 +44,7 @@ def _next_day(store: Store, dataset: Dataset, field: str) -> int:
     both = pa.concat_tables([kept.take(pa.array(np.setdiff1d(np.arange(count), gone))), added])
     created_at = next_created_at([dataset])
     digest = f"{dataset.digest[:-1]}x"  # of a bench
-    update = {"id": record_id(created_at, digest), "created_at": created_at, "digest": digest, "items": both.num_rows}
+    update = dict(id=record_id(created_at, digest), created_at=created_at, digest=digest, items=both.num_rows)  # noqa: C408
     record = dataset.model_copy(update=update)
     with store.new(Dataset, record.id) as folder:
         pq.write_table(both.sort_by(tables.ITEM_ID), folder / "items.parquet", row_group_size=SLICE_ROWS)
