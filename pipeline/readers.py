@@ -83,12 +83,15 @@ def _open(path: Path) -> Any:
     return pa.CompressedInputStream(file, "gzip") if path.suffix == ".gz" else file
 
 
-def _check_encoding(path: Path, encoding: str) -> None:
-    codecs.lookup(encoding)
+def _check_encoding(path: Path, encoding: str) -> bool:
+    """Whether the encoding is UTF-8. Raises DataError when the file is UTF-16 then."""
+    if codecs.lookup(encoding).name != "utf-8":
+        return False
     with _open(path) as file:
         start = file.read(2)
-    if encoding.lower().replace("_", "-") in ("utf-8", "utf8") and start in _WIDE_BOMS:
+    if start in _WIDE_BOMS:
         raise DataError(f'{path}: is UTF-16, not UTF-8; set data.encoding = "utf-16"')
+    return True
 
 
 def _numbers(start: int, count: int, bad: list[int]) -> NDArray[np.int64]:
@@ -132,16 +135,49 @@ def as_json(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str)
 
 
+def _is_utf8(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _open(path) as file:
+        try:
+            while block := file.read(BLOCK):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+def _unmasked(table: pl.DataFrame) -> pl.DataFrame:
+    """Bytes that were read as latin-1, which has a character for each, as the bytes they are."""
+    cells = [
+        pl.Series(name, [cell.decode().encode("latin-1") for cell in table[name]], dtype=pl.Binary)
+        for name in table.columns
+    ]
+    return pl.DataFrame(cells).rename(_true_name)
+
+
+def _true_name(name: str) -> str:
+    return name.encode("latin-1").decode("utf-8-sig")
+
+
 def read_delimited(path: Path, shape: Delimited, encoding: str) -> Iterator[Part]:
     """Comma- or tab-separated text: every cell a string, quotes and line breaks in quotes respected.
 
     Rows with more or fewer cells than the header, or bytes that are not text, are rejected. Raises DataError.
     """
+    with _named(path):
+        # pyarrow cannot say which row has a wrong number of cells if it is no text: it is shown latin-1 then
+        masked = _check_encoding(path, encoding) and not _is_utf8(path)
+        yield from _delimited(path, shape, "latin-1" if masked else encoding, masked)
+
+
+def _delimited(path: Path, shape: Delimited, encoding: str, masked: bool) -> Iterator[Part]:
     bad: list[Rejected] = []
 
     def keep(row: Any) -> str:
         number = row.number - (0 if shape.names else 1)
-        bad.append(Rejected(number, f"{row.actual_columns} cells, expected {row.expected_columns}", row.text))
+        raw = row.text.encode("latin-1").decode("utf-8", "backslashreplace") if masked else row.text
+        bad.append(Rejected(number, f"{row.actual_columns} cells, expected {row.expected_columns}", raw))
         return "skip"
 
     parse = pc.ParseOptions(
@@ -153,25 +189,25 @@ def read_delimited(path: Path, shape: Delimited, encoding: str) -> Iterator[Part
     read = pc.ReadOptions(
         block_size=BLOCK, use_threads=False, encoding=encoding, column_names=list(shape.names or ()) or None
     )
-    with _named(path):
-        _check_encoding(path, encoding)
-        with _open(path) as file:
-            names = pc.open_csv(file, read_options=read, parse_options=parse).schema.names
-        if len(set(names)) < len(names):
-            raise DataError(f"{path}: a column is there twice: {names}; rename one")
-        bad.clear()
-        cells = pc.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()))
-        start, told = 1, 0
-        with _open(path) as file:
-            for batch in pc.open_csv(file, read_options=read, parse_options=parse, convert_options=cells):
-                here, told = bad[told:], len(bad)  # the reader is ahead of the batch
-                numbers = _numbers(start, batch.num_rows, [row.row for row in bad])
-                start = int(numbers[-1]) + 1 if len(numbers) else start
-                table = pl.DataFrame(pa.Table.from_batches([batch])).with_columns(pl.Series(ROW, numbers))
-                text, broken = _as_text(table)
-                yield Part(text, here + broken, {})
-        if told < len(bad):
-            yield Part(pl.DataFrame(schema=dict.fromkeys(names, pl.String) | {ROW: pl.Int64}), bad[told:], {})
+    with _open(path) as file:
+        names = pc.open_csv(file, read_options=read, parse_options=parse).schema.names
+    ours = [_true_name(name) if masked else name for name in names]
+    if len(set(ours)) < len(ours):
+        raise DataError(f"{path}: a column is there twice: {ours}; rename one")
+    bad.clear()
+    cells = pc.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()))
+    start, told = 1, 0
+    with _open(path) as file:
+        for batch in pc.open_csv(file, read_options=read, parse_options=parse, convert_options=cells):
+            here, told = bad[told:], len(bad)  # the reader is ahead of the batch
+            numbers = _numbers(start, batch.num_rows, [row.row for row in bad])
+            start = int(numbers[-1]) + 1 if len(numbers) else start
+            table = pl.DataFrame(pa.Table.from_batches([batch]))
+            table = (_unmasked(table) if masked else table).with_columns(pl.Series(ROW, numbers))
+            text, broken = _as_text(table)
+            yield Part(text, here + broken, {})
+    if told < len(bad):
+        yield Part(pl.DataFrame(schema=dict.fromkeys(ours, pl.String) | {ROW: pl.Int64}), bad[told:], {})
 
 
 def _cell(value: Any) -> str | None:

@@ -111,6 +111,15 @@ def test_delimited_text(put, ending):
     assert "\\\\xff\\\\xfe" in raw[9]
 
 
+def test_a_row_that_is_too_long_and_no_text_is_one_rejected_row(put, capfd):
+    items = b"\xef\xbb\xbfitem_id,title\na,A\n\xf6,b,c\nb,Caf\xc3\xa9 \xf0\x9f\x98\x80\n\xff,x\nc,C\n"
+    clean = run(put("i.csv", items), put("e.csv", EVENTS))
+    assert clean.items["title"].to_list() == ["A", "Caf\u00e9 \U0001f600", "C"]
+    assert reasons(clean) == {("i.csv", 2, "3 cells, expected 2"), ("i.csv", 4, "bytes that are not UTF-8")}
+    assert clean.quarantine["raw"].to_list() == ["\\xf6,b,c", '{"item_id": "\\\\xff", "title": "x"}']
+    assert "Exception" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
 def test_json_lines(put, ending):
     items = as_json(
