@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from item_tower.batching import token_budget_batches
@@ -65,6 +68,13 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _fast_backward(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU the fused attention's backward takes a third of a step on short texts (0.41 of the matmul rate,
+    against 0.64 with plain matrix products); its forward is no faster. A GPU keeps its fused kernels."""
+    backend: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return backend if device.type == "cpu" else nullcontext()
 
 
 def resolve_model(name: str) -> str:
@@ -236,12 +246,35 @@ class ItemEncoder(nn.Module):
         last_B = attention_mask.sum(1) - 1
         return hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B].float()
 
-    def encode_ids(self, input_ids: Sequence[Sequence[int]], token_budget: int) -> Tensor:
-        """Vectors of tokenised texts, batched by length; float32 [N, D], with gradients if they are on."""
+    def encode_ids(
+        self, input_ids: Sequence[Sequence[int]], token_budget: int, graph_tokens: int | None = None
+    ) -> Tensor:
+        """Vectors of tokenised texts, batched by length; float32 [N, D], with gradients if they are on.
+
+        graph_tokens: padded tokens whose activations are kept for the backward pass; the other batches are computed
+        again there, one at a time and with the same random state (gradient caching, Gao et al. 2021). So memory is
+        bounded by graph_tokens and token_budget, whatever N. None keeps all.
+        """
         lengths = np.array([len(ids) for ids in input_ids], dtype=np.int64)
         batches = token_budget_batches(lengths, token_budget)
-        vectors = [self(*self.pad([input_ids[row] for row in batch])) for batch in batches]
+        padded = np.array([int(lengths[batch].max(initial=0)) * len(batch) for batch in batches])
+        # the last batches are the first that the backward pass is done with
+        kept = np.cumsum(padded[::-1])[::-1] <= (np.inf if graph_tokens is None else graph_tokens)
+        vectors = []
+        for batch, keep in zip(batches, kept, strict=True):
+            tokens = self.pad([input_ids[row] for row in batch])
+            if not torch.is_grad_enabled():
+                vectors.append(self(*tokens))
+            elif keep:
+                vectors.append(self._forward_for_backward(*tokens))
+            else:
+                vectors.append(checkpoint(self._forward_for_backward, *tokens, use_reentrant=False))
         order = torch.from_numpy(np.concatenate(batches)).to(self.device)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=self.device)
         return torch.cat(vectors)[inverse]
+
+    def _forward_for_backward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with _fast_backward(self.device):
+            vectors: Tensor = self(input_ids, attention_mask)
+            return vectors

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,13 @@ from pipeline.evaluate import rank_targets
 from pipeline.files import next_created_at, record_id, write_record
 from pipeline.metrics import per_user
 from pipeline.splits import queries, training_part
-from schemas.errors import ConfigError
-from schemas.records import Snapshot, UserTower
+from schemas.errors import ConfigError, FingerprintMismatchError
+from schemas.records import ItemTower, Snapshot, UserTower
 from user_tower.model import UserTower as UserTowerModel
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Batch, target_counts, training_batches
-from user_tower.train import FitResult, UserStep, fit
+from user_tower.steps import UserStep
+from user_tower.train import FitResult, fit, is_main_process
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,46 @@ def catalog_rows(from_ids: list[str], to_ids: list[str]) -> NDArray[np.int64]:
     return np.array([places.get(item_id, -1) for item_id in from_ids], dtype=np.int64)
 
 
-def _train(context: Context, features: Features) -> tuple[UserTowerModel, FitResult]:
+def find_parent(context: Context, features: Features) -> tuple[str, UserTowerModel] | None:
+    """The tower that ``train.warm_start`` names, and what to call it; None where there is none that fits.
+
+    ``newest``: the newest user tower of this name, item tower and shape, else the one that stage I trained beside
+    the Item LLM. Raises NotFoundError, ConfigError, FingerprintMismatchError for an id that does not fit.
+    """
+    config, store = context.config, context.store
+    use = config.train.warm_start
+    if use is None:
+        return None
+    fingerprint = features.snapshot.fingerprint if features.snapshot else None
+    if use != "newest":
+        record = store.get(UserTower, use)
+        if record.item_fingerprint != fingerprint:
+            raise FingerprintMismatchError(
+                f"train.warm_start = {use!r} reads item tower {record.item_fingerprint}, this training reads "
+                f"{fingerprint}; name a user tower of that item tower, or newest"
+            )
+        tower = UserTowerModel.load(store.folder(record))
+        if tower.config != config.user_tower:
+            raise ConfigError(
+                f"train.warm_start = {use!r} has another shape than [user_tower] asks for: {tower.config}; "
+                f"train from the beginning, or set user_tower as there"
+            )
+        return use, tower
+    shape = config.user_tower.model_dump(mode="json")
+    for record in reversed(store.all(UserTower, name=config.name, item_fingerprint=fingerprint)):
+        if record.config == shape:
+            return record.id, UserTowerModel.load(store.folder(record))
+    tuned = store.newest(ItemTower, fingerprint=fingerprint) if fingerprint else None
+    if tuned is not None:
+        tower = UserTowerModel.load(store.folder(tuned) / "user_tower")
+        if tower.config == config.user_tower:
+            return f"stage I of item tower {tuned.id}", tower
+    return None
+
+
+def _train(
+    context: Context, features: Features, parent: UserTowerModel | None, checkpoints: Path
+) -> tuple[UserTowerModel, FitResult]:
     config, histories = context.config, context.dataset.histories
     training = training_part(histories).map_items(features.rows)
     validation = queries(histories, "valid").map_items(features.rows)
@@ -69,6 +111,10 @@ def _train(context: Context, features: Features) -> tuple[UserTowerModel, FitRes
         vocabulary = [features.item_ids[row] for row in np.unique(training.items)]
     item_dim = None if features.vectors is None else features.vectors.shape[1]
     tower = UserTowerModel(config.user_tower, item_dim, vocabulary).to(default_device())
+    if parent is not None:
+        tower.start_from(parent)
+    if config.train.lora:
+        tower.add_lora(config.train.lora)
     catalog = tower.catalog(features.item_ids, features.vectors, features.groups)
     candidates = torch.from_numpy(np.flatnonzero(features.available)).to(catalog.groups.device)
     counts = torch.from_numpy(target_counts(training, len(features.item_ids))).to(candidates.device)
@@ -86,12 +132,26 @@ def _train(context: Context, features: Features) -> tuple[UserTowerModel, FitRes
 
     groups = [{"params": list(tower.parameters())}]
     label = f"train-user {config.name}"
-    result = fit(step, groups, batches, validate, config.train, name=label, metric=config.evaluate.metric)
+    result = fit(
+        step,
+        groups,
+        batches,
+        validate,
+        config.train,
+        name=label,
+        metric=config.evaluate.metric,
+        checkpoints=checkpoints,
+    )
+    if config.train.lora:
+        tower.merge_lora()
     return tower, result
 
 
 def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
-    """Train, save, publish. Raises NotFoundError, FingerprintMismatchError, StoreError."""
+    """Train, save, publish; in several processes (accelerate launch) the main one. A killed run goes on.
+
+    Raises NotFoundError, FingerprintMismatchError, StoreError, TrainingError.
+    """
     config, store = context.config, context.store
     features = open_features(context, snapshot)
     content = features.snapshot.content_digest if features.snapshot else None
@@ -100,9 +160,14 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     earlier = store.all(UserTower, name=config.name)
     if earlier and earlier[-1].inputs == inputs:
         return _report(earlier[-1], reused=True)
+    checkpoints = store.root / "checkpoints" / inputs
+    parent, tower = find_parent(context, features) or (None, None)
+    if not is_main_process():
+        _train(context, features, tower, checkpoints)
+        return {}
     sections = context.settings("name", "user_tower", "train", "data", "evaluate", "item_tower")
     with context.tracker.run("train-user", config.name, sections, {"dataset": digest, "inputs": inputs}) as run:
-        tower, result = _train(context, features)
+        tower, result = _train(context, features, tower, checkpoints)
         for point in result.curve:
             run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
         run.metrics({"positions_per_second": result.positions_per_second}, result.steps)
@@ -117,6 +182,7 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
             item_fingerprint=features.snapshot.fingerprint if features.snapshot else None,
             snapshot=features.snapshot.id if features.snapshot else None,
             dataset=digest,
+            parent=parent,
             fingerprint=made,
             config=config.user_tower.model_dump(mode="json"),
             run_id=run.run_id,
@@ -129,6 +195,7 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
             write_record(folder, record)
         tags = {"user_tower": record.id, "user_fingerprint": made, "snapshot": str(record.snapshot)}
         run.tags({**tags, "fingerprint": str(record.item_fingerprint), "code": context.code})
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return _report(record, reused=False)
 
 
@@ -138,6 +205,7 @@ def _report(record: UserTower, reused: bool) -> dict[str, Any]:
         "user_tower": record.id,
         "name": record.name,
         "snapshot": record.snapshot,
+        "parent": record.parent,
         "steps": record.steps,
         "positions_per_second": record.positions_per_second,
         "valid": record.valid,

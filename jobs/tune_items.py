@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from item_tower.cpu import speed_up
 from item_tower.embed import encode_texts
 from item_tower.encoder import ItemEncoder, default_device
 from item_tower.fingerprint import fingerprint
 from item_tower.prompt import TemplateConfig, apply_empty_policy, content_keys, render
 from jobs.context import Context, inputs_hash
 from pipeline.baselines import TowerRecommender
+from pipeline.cutoff import write_cutoff
 from pipeline.evaluate import rank_targets
 from pipeline.files import next_created_at, record_id, write_record
 from pipeline.joint import JointStep
 from pipeline.metrics import per_user
 from pipeline.splits import PROTOCOL, Queries, queries, training_part
 from schemas.records import ItemTower
+from user_tower.lora import add_lora, merge_lora
 from user_tower.model import Catalog, UserTower
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Batch, Histories, training_batches
-from user_tower.train import FitResult, UserStep, fit
+from user_tower.steps import UserStep
+from user_tower.train import FitResult, fit, has_checkpoint, is_main_process
 
 NAME = "tuned"
 
@@ -64,15 +71,22 @@ def open_corpus(context: Context, template: TemplateConfig) -> Corpus:
     )
 
 
-def _tune(context: Context, encoder: ItemEncoder) -> tuple[JointStep, FitResult]:
+def _inference_copy(encoder: ItemEncoder, lora: bool) -> ItemEncoder:
+    """What validation encodes with: on a CPU a packed copy, which is faster; adapters are left as they are."""
+    if lora or encoder.device.type != "cpu":
+        return encoder
+    packed = copy.deepcopy(encoder)
+    speed_up(packed)
+    return packed
+
+
+def _tune(context: Context, encoder: ItemEncoder, corpus: Corpus, checkpoints: Path) -> tuple[JointStep, FitResult]:
     config, evaluate = context.config.tune, context.config.evaluate
-    corpus = open_corpus(context, encoder.template)
     torch.manual_seed(config.train.seed)
     device = default_device()
     tower = UserTower(config.user_tower, encoder.dim, None).to(device)
     groups = torch.from_numpy(corpus.groups)
     token_ids = encoder.tokenise(corpus.texts).input_ids
-    step = JointStep(encoder.to(device), tower, token_ids, groups, config)
 
     def batches(epoch: int) -> Iterable[Batch]:
         rng = np.random.default_rng([config.train.seed, epoch])
@@ -84,32 +98,55 @@ def _tune(context: Context, encoder: ItemEncoder) -> tuple[JointStep, FitResult]
         return {name: float(value.mean()) for name, value in values.items()}
 
     def encode() -> Catalog:
-        vectors, _, _ = encode_texts(encoder, corpus.texts, config.token_budget)
+        vectors, _, _ = encode_texts(
+            _inference_copy(encoder, config.lora is not None), corpus.texts, config.token_budget
+        )
         return tower.catalog(corpus.item_ids, vectors, corpus.groups)
 
-    if config.warmup_epochs:
+    encoder.to(device)
+    if config.warmup_epochs and not has_checkpoint(checkpoints / "joint"):
         untuned = encode()
         candidates = torch.from_numpy(np.flatnonzero(corpus.available)).to(device)
         counts = torch.zeros(len(corpus.item_ids), device=device)
         alone = UserStep(tower, untuned, NegativeSampler(candidates, counts, 0, "uniform"))
-        warmup = config.train.model_copy(update={"epochs": config.warmup_epochs, "max_steps": None})
-        parameters = [{"params": list(tower.parameters())}]
-        metric = evaluate.metric
-        fit(alone, parameters, batches, lambda: figures(untuned), warmup, name="tune-items warm-up", metric=metric)
+        warmup = config.train.model_copy(update={"epochs": config.warmup_epochs, "max_steps": None, "lora": None})
+        fit(
+            alone,
+            [{"params": list(tower.parameters())}],
+            batches,
+            lambda: figures(untuned),
+            warmup,
+            name="tune-items warm-up",
+            metric=evaluate.metric,
+            checkpoints=checkpoints / "warm-up",
+        )
+    if config.lora:
+        encoder.model = add_lora(encoder.model, config.lora)
+    if config.train.lora:
+        tower.add_lora(config.train.lora)
+    step = JointStep(encoder, tower, token_ids, groups, config).to(device)
     result = fit(
         step,
         step.parameter_groups(),
         lambda epoch: batches(config.warmup_epochs + epoch),
-        lambda: figures(encode()),
+        lambda: {**figures(encode()), "pairs_apart": float(np.mean(step.apart)) if step.apart else 1.0},
         config.train,
         name="tune-items",
         metric=evaluate.metric,
+        checkpoints=checkpoints / "joint",
     )
+    if config.lora:
+        encoder.model = merge_lora(encoder.model)
+    if config.train.lora:
+        tower.merge_lora()
     return step, result
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Tune, save, publish. Raises DataError, ConfigError, NotFoundError."""
+    """Tune, save, publish; in several processes (accelerate launch) the main one. A killed run goes on.
+
+    Raises DataError, ConfigError, NotFoundError, TrainingError.
+    """
     config, store = context.config, context.store
     encoder = ItemEncoder.from_config(config.encoder, config.template)
     base = fingerprint(encoder, config.embed.output_dtype)
@@ -117,10 +154,15 @@ def run(context: Context) -> dict[str, Any]:
     earlier = store.all(ItemTower, name=NAME)
     if earlier and earlier[-1].inputs == inputs:
         return _report(earlier[-1], reused=True)
+    checkpoints = store.root / "checkpoints" / inputs
+    corpus = open_corpus(context, encoder.template)
+    if not is_main_process():
+        _tune(context, encoder, corpus, checkpoints)
+        return {}
     tags = {"dataset": context.dataset.record.digest, "inputs": inputs}
     sections = context.settings("encoder", "template", "tune", "data", "evaluate")
     with context.tracker.run("tune-items", NAME, sections, tags) as run:
-        step, result = _tune(context, encoder)
+        step, result = _tune(context, encoder, corpus, checkpoints)
         for point in result.curve:
             run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
         made = fingerprint(step.encoder, config.embed.output_dtype)
@@ -147,8 +189,10 @@ def run(context: Context) -> dict[str, Any]:
             step.encoder.save(folder)
             (folder / "user_tower").mkdir()
             step.tower.save(folder / "user_tower")
+            write_cutoff(folder, corpus.training, corpus.item_ids)
             write_record(folder, record)
         run.tags({"item_tower": record.id, "fingerprint": made})
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return _report(record, reused=False)
 
 

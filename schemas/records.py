@@ -82,6 +82,7 @@ class UserTower(Record):
     inputs: str
     item_fingerprint: str | None  # None: it reads ids only and pairs with any snapshot
     snapshot: str | None  # trained on; a later snapshot of the same fingerprint may serve it
+    parent: str | None = None  # the tower whose weights it began with
     dataset: str
     fingerprint: str
     config: dict[str, Any]

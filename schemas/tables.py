@@ -82,6 +82,15 @@ LEFT_OUT = pa.schema(
         pa.field(REASON, pa.string(), nullable=False),
     ]
 )
+# the last event of each user that a tuning of the item tower saw
+CUTOFF = pa.schema(
+    [
+        pa.field(USER_ID, pa.string(), nullable=False),
+        pa.field(TIMESTAMP, pa.int64(), nullable=False),
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+    ]
+)
+
 RANKS = pa.schema(
     [
         pa.field(USER_ID, pa.string(), nullable=False),

@@ -23,6 +23,7 @@ KEEPERS = {
     "faiss": {"pipeline/index.py"},
     "deltalake": {"pipeline/embeddings.py"},
     "accelerate": {"user_tower/train.py"},
+    "peft": {"user_tower/lora.py"},
     "polars": {
         "pipeline/cache.py",
         "pipeline/cleanup.py",

@@ -16,7 +16,8 @@ from user_tower.loss import info_nce
 from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Histories, last_events, training_batches, training_windows
-from user_tower.train import TrainConfig, UserStep, fit
+from user_tower.steps import UserStep
+from user_tower.train import TrainConfig, fit
 
 SMALL = {"hidden": 16, "layers": 2, "heads": 2, "dropout": 0.0, "history": 6}
 

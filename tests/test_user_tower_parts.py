@@ -121,9 +121,9 @@ def test_q_is_how_often_an_item_is_drawn(sampling, count):
     counts = torch.tensor([40.0, 30.0, 20.0, 5.0, 4.0, 1.0])
     sampler = NegativeSampler(torch.arange(6), counts, count, sampling)
     seen, rounds = torch.zeros(6), 4_000
-    for _ in range(rounds):
+    for seed in range(rounds):
         targets = torch.multinomial(counts, 4, replacement=True)
-        negatives = sampler.draw(targets)
+        negatives = sampler.draw(targets, seed)
         assert len(negatives.rows.unique()) == len(negatives.rows)
         seen[negatives.rows] += 1
     if sampling == "uniform":
@@ -135,7 +135,7 @@ def test_q_is_how_often_an_item_is_drawn(sampling, count):
 
 def test_zero_uniform_negatives_are_all_candidates():
     sampler = NegativeSampler(torch.tensor([1, 3, 4]), torch.ones(6), 0, "uniform")
-    assert sampler.draw(torch.tensor([0])).rows.tolist() == [1, 3, 4]
+    assert sampler.draw(torch.tensor([0]), 0).rows.tolist() == [1, 3, 4]
 
 
 @pytest.mark.parametrize(("sampling", "count"), [("popularity", 4), ("in-batch", 0), ("mixed", 4)])
@@ -150,7 +150,7 @@ def test_corrected_sampling_converges_to_the_optimum_of_the_full_softmax(samplin
     mean = torch.zeros(6)
     for step in range(3_000):
         targets = torch.multinomial(truth, 64, replacement=True)
-        rows, log_q = sampler.draw(targets)
+        rows, log_q = sampler.draw(targets, step)
         loss = info_nce(
             query, scores[targets], scores[rows], targets, rows, torch.tensor(1.0), log_q[targets], log_q[rows]
         )

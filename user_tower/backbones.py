@@ -6,12 +6,13 @@ needed: no real position sees a padded one.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
 from schemas.errors import ConfigError
 from user_tower.times import TIME_BUCKETS, time_buckets
@@ -127,6 +128,11 @@ class CausalLM(nn.Module):
         """x_BTH: inputs; positions_BT: int64 position ids; times are not read. Returns [B, T, H]."""
         return self.model(inputs_embeds=x_BTH, position_ids=positions_BT).last_hidden_state
 
+    def architecture(self) -> dict[str, Any]:
+        """The model's Hugging Face configuration, from which ``make_backbone`` builds it without its weights."""
+        architecture: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=False))
+        return architecture
+
 
 def make_backbone(
     kind: Literal["sasrec", "hstu", "llm"],
@@ -137,15 +143,20 @@ def make_backbone(
     dropout: float,
     history: int,
     pretrained: str | None,
+    architecture: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, int]:
     """The backbone and its hidden width (that of the pretrained model where one is named).
 
-    Raises ConfigError when the width is not a multiple of the heads, or the model cannot be loaded.
+    architecture: of a saved ``llm`` backbone, its Hugging Face configuration; then nothing is loaded. Raises
+    ConfigError when the width is not a multiple of the heads, or the model cannot be loaded.
     """
     if hidden % heads:
         raise ConfigError(f"user_tower.hidden = {hidden} is not a multiple of user_tower.heads = {heads}")
     if kind != "llm":
         return {"sasrec": SASRec, "hstu": HSTU}[kind](hidden, layers, heads, dropout, history), hidden
+    if architecture is not None:
+        model = AutoModel.from_config(AutoConfig.for_model(**architecture), dtype=torch.float32)
+        return CausalLM(model), model.config.hidden_size
     if pretrained is None:
         config = LlamaConfig(
             hidden_size=hidden,

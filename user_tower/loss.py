@@ -32,6 +32,7 @@ class _InfoNCE(torch.autograd.Function):
         scale: Tensor,
         positive_log_q: Tensor | None,
         negative_log_q: Tensor | None,
+        near: float | None,
     ) -> Tensor:
         device = queries_PD.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
@@ -48,7 +49,10 @@ class _InfoNCE(torch.autograd.Function):
             cosines_S = (queries_SD * positives_SD).sum(-1)
             logits = queries_SD.new_empty(len(queries_SD), len(negatives_MD) + 1)
             logits[:, :-1] = queries_low @ negatives_low.T
-            logits[:, :-1].masked_fill_(positive_groups[part, None] == negative_groups, -torch.inf)
+            same = positive_groups[part, None] == negative_groups
+            if near is not None:
+                same |= positives_SD @ negatives_MD.T > near
+            logits[:, :-1].masked_fill_(same, -torch.inf)
             logits[:, -1] = cosines_S
             logits *= scale
             if negative_log_q is not None:
@@ -77,7 +81,8 @@ class _InfoNCE(torch.autograd.Function):
         d_queries, d_positives, d_negatives, d_scale, scale = ctx.saved_tensors
         mean = upstream / ctx.count
         share = mean * scale
-        return d_queries * share, d_positives * share, d_negatives * share, None, None, d_scale * mean, None, None
+        towards = (d_queries * share, d_positives * share, d_negatives * share)
+        return *towards, None, None, d_scale * mean, None, None, None
 
 
 def info_nce(
@@ -89,6 +94,7 @@ def info_nce(
     scale: Tensor,
     positive_log_q: Tensor | None = None,
     negative_log_q: Tensor | None = None,
+    near: float | None = None,
 ) -> Tensor:
     """Mean over positions of -log softmax of the positive among itself and the negatives (paper, eq. 1).
 
@@ -97,7 +103,9 @@ def info_nce(
     itself) is masked; scale: a scalar, the factor of the logits. With the whole catalog as negatives this is the
     full softmax. log_q [P] and [M]: the logarithm of the probability with which an item is among the candidates,
     taken off its logit, the positive's alike (sampled softmax, Bengio and Senecal 2008); then the sampled loss has
-    the optimum of the full one. Both or neither are given. Under autocast the three large products run in its dtype.
+    the optimum of the full one. Both or neither are given. near: for L2-normalised vectors, a negative whose cosine
+    with the positive is above it is masked too (the official code's ``nce_thres``). Under autocast the three large
+    products run in its dtype.
     """
     loss: Tensor = _InfoNCE.apply(
         queries_PD,
@@ -108,5 +116,22 @@ def info_nce(
         scale,
         positive_log_q,
         negative_log_q,
+        near,
     )
     return loss
+
+
+@torch.no_grad()
+def share_apart(vectors_MD: Tensor, near: float) -> float:
+    """Share of the pairs of different rows whose cosine is at most ``near``; 1.0 for fewer than two rows.
+
+    vectors_MD: L2-normalised. What is left of the negatives once ``near`` has masked its part.
+    """
+    count = len(vectors_MD)
+    if count < 2:
+        return 1.0
+    close = 0
+    for start in range(0, count, max(1, CHUNK_ELEMENTS // count)):
+        part = vectors_MD[start : start + max(1, CHUNK_ELEMENTS // count)]
+        close += int((part @ vectors_MD.T > near).sum())
+    return 1.0 - max(0, close - count) / (count * (count - 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from schemas.errors import StoreError
+from schemas.errors import ConfigError, StoreError
 from schemas.hashing import Digest
-from user_tower.backbones import make_backbone
+from user_tower.backbones import CausalLM, make_backbone
+from user_tower.lora import LoraSettings, add_lora, merge_lora
 from user_tower.times import TimeFeatures
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -71,8 +72,15 @@ class Catalog(NamedTuple):
 class UserTower(nn.Module):
     """History in, query vector out. One tower works with any catalog of the same item fingerprint."""
 
-    def __init__(self, config: UserTowerConfig, item_dim: int | None, vocabulary: list[str] | None) -> None:
-        """item_dim: D of the cached vectors, None for ``id``; vocabulary: item ids, None for ``text``."""
+    def __init__(
+        self,
+        config: UserTowerConfig,
+        item_dim: int | None,
+        vocabulary: list[str] | None,
+        architecture: dict[str, Any] | None = None,
+    ) -> None:
+        """item_dim: D of the cached vectors, None for ``id``; vocabulary: item ids, None for ``text``; architecture:
+        see ``make_backbone``."""
         super().__init__()
         self.config = config
         self.item_dim = item_dim
@@ -85,6 +93,7 @@ class UserTower(nn.Module):
             dropout=config.dropout,
             history=config.history,
             pretrained=config.pretrained,
+            architecture=architecture,
         )
         self.output: nn.Module = nn.Identity()
         if config.features != "id":
@@ -164,6 +173,27 @@ class UserTower(nn.Module):
         outputs = self(catalog, items, lengths, times)
         return outputs[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
+    @torch.no_grad()
+    def start_from(self, other: UserTower) -> None:
+        """Take over the weights of a tower of the same shape; of its ids those that this one knows too."""
+        known = {item_id: row for row, item_id in enumerate(other.vocabulary or [])}
+        state = other.state_dict()
+        if self.vocabulary is not None:
+            rows = [known.get(item_id, len(known)) for item_id in self.vocabulary]
+            state["ids.weight"] = other.ids.weight[torch.tensor([*rows, len(known)])]
+        self.load_state_dict(state)
+
+    def add_lora(self, settings: LoraSettings) -> None:
+        """Train adapters instead of the weights of an ``llm`` backbone, until ``merge_lora``. Raises ConfigError."""
+        if not isinstance(self.backbone, CausalLM):
+            raise ConfigError(f"train.lora is for backbone llm; user_tower.backbone is {self.config.backbone}")
+        self.backbone.model = add_lora(self.backbone.model, settings)
+
+    def merge_lora(self) -> None:
+        """The end of ``add_lora``: one set of weights again."""
+        assert isinstance(self.backbone, CausalLM)
+        self.backbone.model = merge_lora(self.backbone.model)
+
     def fingerprint(self) -> str:
         """Hash of weights, configuration and vocabulary; 32 hexadecimal characters."""
         digest = Digest().add(self.config.model_dump_json()).add(json.dumps(self.vocabulary))
@@ -179,6 +209,7 @@ class UserTower(nn.Module):
             "config": self.config.model_dump(),
             "item_dim": self.item_dim,
             "vocabulary": self.vocabulary,
+            "architecture": self.backbone.architecture() if isinstance(self.backbone, CausalLM) else None,
         }
         (folder / "user_tower.json").write_text(json.dumps(settings))
 
@@ -188,7 +219,7 @@ class UserTower(nn.Module):
         try:
             settings = json.loads((folder / "user_tower.json").read_text())
             config = UserTowerConfig(**settings["config"])
-            tower = cls(config, settings["item_dim"], settings["vocabulary"])
+            tower = cls(config, settings["item_dim"], settings["vocabulary"], settings.get("architecture"))
             tower.load_state_dict(load_file(folder / "user_tower.safetensors"))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise StoreError(f"user tower {folder} cannot be read: {error}; train it again") from error

@@ -37,32 +37,34 @@ class NegativeSampler:
         self.sampling = sampling
         self.share = counts.double() / counts.sum().clamp(min=1)  # p of the data
 
-    def draw(self, targets: Tensor) -> Negatives:
-        """Negatives for a batch with these targets, int64 [P] catalog rows."""
+    def draw(self, targets: Tensor, seed: int) -> Negatives:
+        """Negatives for a batch with these targets, int64 [P] catalog rows; the same for the same seed."""
+        generator = torch.Generator(self.candidates.device).manual_seed(seed)
         if self.sampling == "uniform":
-            return Negatives(self._uniform()[0], None)
+            return Negatives(self._uniform(generator)[0], None)
         if self.sampling == "popularity":
             allowed = self.share[self.candidates]
-            rows = self.candidates[torch.multinomial(allowed, self.count, replacement=True)].unique()
+            drawn = torch.multinomial(allowed, self.count, replacement=True, generator=generator)
+            rows = self.candidates[drawn].unique()
             return Negatives(rows, _log_q(self.count * torch.log1p(-self.share / allowed.sum())))
         inside = targets.unique()
         log_absent = len(targets) * torch.log1p(-self.share)
         if self.sampling == "in-batch":
             return Negatives(inside, _log_q(log_absent))
-        drawn, missed = self._uniform()
+        drawn, missed = self._uniform(generator)
         log_absent[self.candidates] += missed
         return Negatives(torch.cat([inside, drawn]).unique(), _log_q(log_absent))
 
-    def _uniform(self) -> tuple[Tensor, float]:
+    def _uniform(self, generator: torch.Generator) -> tuple[Tensor, float]:
         """Distinct candidates, and the logarithm of the probability with which each of them is left out."""
         size = len(self.candidates)
         if not 0 < self.count < size:
             return self.candidates, -math.inf
         if self.count > size // 8:
-            order = torch.randperm(size, device=self.candidates.device)
+            order = torch.randperm(size, device=self.candidates.device, generator=generator)
             return self.candidates[order[: self.count]], math.log1p(-self.count / size)
-        drawn = torch.randint(size, (self.count,), device=self.candidates.device).unique()
-        return self.candidates[drawn], self.count * math.log1p(-1 / size)
+        drawn = torch.randint(size, (self.count,), device=self.candidates.device, generator=generator)
+        return self.candidates[drawn.unique()], self.count * math.log1p(-1 / size)
 
 
 def _log_q(log_absent: Tensor) -> Tensor:

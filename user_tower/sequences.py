@@ -89,6 +89,18 @@ class Batch(NamedTuple):
     targets: IntArray
     times: IntArray
 
+    @property
+    def positions(self) -> int:
+        """P, the positions that have a target."""
+        return int((self.targets >= 0).sum())
+
+    def share(self, rank: int, world: int) -> Batch:
+        """The rows of one of ``world`` processes; where there are none, one row without targets."""
+        own = Batch(*(array[rank::world] for array in self))
+        if len(own.lengths):
+            return own
+        return Batch(self.items[:1], self.lengths[:1], np.full_like(self.targets[:1], -1), self.times[:1])
+
 
 def last_events(histories: Histories, length: int) -> Batch:
     """The last ``length`` events of every user as one batch, for inference; targets are all -1."""

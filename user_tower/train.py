@@ -1,26 +1,38 @@
-"""The one training loop, for every backbone, for the ID baselines and for the joint stage."""
+"""The one training loop, for every backbone, for the ID baselines and for the joint stage.
+
+Everything random in a step follows from the seed, the number of the step and the rank of the process, so a
+training that goes on from a checkpoint, and one that is divided among processes, is the same training.
+"""
 
 from __future__ import annotations
 
 import copy
+import datetime
+import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from schemas.errors import TrainingError
-from user_tower.loss import info_nce
-from user_tower.model import Catalog, UserTower
-from user_tower.negatives import Negatives, NegativeSampler, Sampling
+from user_tower.lora import LoraSettings
+from user_tower.negatives import Sampling
 from user_tower.sequences import Batch
+
+# the main process validates while the others wait
+_PATIENCE = datetime.timedelta(hours=6)
 
 
 class TrainConfig(BaseModel):
@@ -32,7 +44,7 @@ class TrainConfig(BaseModel):
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after so many optimiser steps, whatever the epoch."""
     batch_size: int = Field(default=64, gt=0)
-    """Windows of histories in one step."""
+    """Windows of histories in one step, of all processes together."""
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=50, ge=0)
@@ -47,7 +59,13 @@ class TrainConfig(BaseModel):
     """``uniform``, ``popularity``, ``in-batch`` (none is drawn) or ``mixed`` (in-batch and uniform); all but the
     first are corrected by logQ."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
+    lora: LoraSettings | None = None
+    """Train adapters on an ``llm`` backbone and merge them at the end; by default all its weights are trained."""
+    warm_start: str | None = None
+    """Begin with the weights of a user tower: its id, or ``newest``; by default with random ones."""
+    checkpoint_steps: int = Field(default=500, gt=0, exclude=True)
+    """Steps between checkpoints; a killed training goes on from the last one. Decides no figure."""
 
 
 @dataclass
@@ -67,40 +85,6 @@ class FitResult:
         return self.positions / self.seconds if self.seconds else 0.0
 
 
-class UserStep(nn.Module):
-    """Stage II's step: windows of histories over one open catalog to the loss."""
-
-    def __init__(self, tower: UserTower, catalog: Catalog, sampler: NegativeSampler) -> None:
-        super().__init__()
-        self.tower = tower
-        self.open_catalog = catalog
-        self.sampler = sampler
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The mean InfoNCE of the batch's positions, a scalar."""
-        targets = torch.from_numpy(batch.targets[batch.targets >= 0]).to(self.open_catalog.groups.device)
-        return sequence_loss(self.tower, self.open_catalog, batch, self.sampler.draw(targets))
-
-
-def sequence_loss(tower: UserTower, catalog: Catalog, batch: Batch, negatives: Negatives) -> Tensor:
-    """InfoNCE of every position of a batch against the negatives; a scalar."""
-    device = catalog.groups.device
-    items, lengths, targets, times = (torch.from_numpy(array).to(device) for array in batch)
-    queries_PD = tower(catalog, items, lengths, times)[targets >= 0]
-    target_rows = targets[targets >= 0]
-    log_q_N = negatives.log_q
-    return info_nce(
-        queries_PD,
-        tower.item_vectors(catalog, target_rows),
-        tower.item_vectors(catalog, negatives.rows),
-        catalog.groups[target_rows],
-        catalog.groups[negatives.rows],
-        tower.scale(),
-        None if log_q_N is None else log_q_N[target_rows],
-        None if log_q_N is None else log_q_N[negatives.rows],
-    )
-
-
 def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
     if precision != "auto":
         return "bf16" if precision == "bfloat16" else "no"
@@ -109,51 +93,187 @@ def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
+def _accelerator(precision: str) -> Accelerator:
+    # the precision of the first training in a process would be that of all: a later one may be set differently
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # without it several processes on a CPU would not know of each other
+        mixed_precision=_mixed_precision(precision),
+        kwargs_handlers=[
+            # under ``dot`` the temperature has no gradient, and a small batch leaves parts of a tower out
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and reports; true when there is only one."""
+    return bool(_accelerator("float32").is_main_process)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether ``fit`` would go on from a checkpoint there."""
+    return any(folder.glob("step-*"))
+
+
+def step_seed(*parts: int) -> int:
+    """A seed from some numbers, such as seed and step; 0 to 2^63 - 1."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 @dataclass
+class _Place:
+    """Where a training stands beside its weights, optimiser and schedule; what a checkpoint carries of it."""
+
+    result: FitResult = field(default_factory=FitResult)
+    batches: int = 0  # of the epoch under way
+    loss_sum: float = 0.0  # of those batches
+    stale: int = 0  # validations since the best one
+    finished: bool = False
+    best_weights: dict[str, Tensor] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "result": asdict(self.result)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.result = FitResult(**state["result"])
+
+
 class _Loop:
     """What the epochs of one training share."""
 
-    name: str
-    accelerator: Accelerator
-    step: nn.Module
-    optimizer: torch.optim.Optimizer
-    warmup: torch.optim.lr_scheduler.LRScheduler
-    parameters: list[nn.Parameter]
-    config: TrainConfig
-    progress: tqdm
-    result: FitResult = field(default_factory=FitResult)
+    def __init__(
+        self, step: nn.Module, parameter_groups: list[dict], config: TrainConfig, name: str, checkpoints: Path | None
+    ) -> None:
+        self.name, self.config, self.checkpoints = name, config, checkpoints
+        self.accelerator = _accelerator(config.precision)
+        groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in parameter_groups]
+        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        ramp = config.warmup_steps + 1
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: min(1.0, (number + 1) / ramp))
+        self.step, self.optimizer = self.accelerator.prepare(step, optimizer)
+        self.warmup = warmup  # not prepared: that would take a step of it for each process
+        self.place = _Place()
+        self.accelerator.register_for_checkpointing(self.place, self.warmup)
+        self._resume()
+
+    @property
+    def model(self) -> nn.Module:
+        """The step without its wrappers."""
+        model: nn.Module = self.accelerator.unwrap_model(self.step)
+        return model
 
     @property
     def out_of_steps(self) -> bool:
-        return self.result.steps == self.config.max_steps
+        return self.place.result.steps == self.config.max_steps
 
-    def epoch(self, batches: Iterable[Batch]) -> float:
-        """Train on the batches, up to ``max_steps`` in all; returns their mean loss. Raises TrainingError."""
-        started, first, loss_sum = time.perf_counter(), self.result.steps, 0.0
+    def epoch(self, batches: Iterable[Batch], progress: tqdm) -> float:
+        """Train on what is left of the epoch, up to ``max_steps`` in all; returns its mean loss.
+
+        Raises TrainingError.
+        """
+        place, result = self.place, self.place.result
+        started = time.perf_counter()
         self.step.train()
-        for batch in batches:
-            loss = self.step(batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"{self.name}: the loss is {value} at step {self.result.steps}; lower the learning rate "
-                    f"({self.config.learning_rate}), or check the item vectors"
-                )
-            self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_norm)
-            self.optimizer.step()
-            self.warmup.step()
-            self.optimizer.zero_grad()
-            loss_sum += value
-            self.result.steps += 1
-            self.result.positions += int((batch.targets >= 0).sum())
-            self.progress.update()
+        for batch in itertools.islice(batches, place.batches, None):
+            place.loss_sum += self._step(batch)
+            place.batches += 1
+            result.steps += 1
+            result.positions += batch.positions
+            progress.update()
             if self.out_of_steps:
                 break
-        self.result.seconds += time.perf_counter() - started
-        self.result.epochs += 1
+            if result.steps % self.config.checkpoint_steps == 0:
+                result.seconds += time.perf_counter() - started
+                self.save()
+                started = time.perf_counter()
+        result.seconds += time.perf_counter() - started
+        result.epochs += 1
         self.step.eval()
-        return loss_sum / max(1, self.result.steps - first)
+        loss = place.loss_sum / max(1, place.batches)
+        place.batches, place.loss_sum = 0, 0.0
+        return loss
+
+    def _step(self, batch: Batch) -> float:
+        accelerator, number = self.accelerator, self.place.result.steps
+        rank, world = accelerator.process_index, accelerator.num_processes
+        own = batch.share(rank, world)
+        torch.manual_seed(step_seed(self.config.seed, number, rank + 1))
+        # gradients are averaged over the processes: this weight makes that the mean over all positions
+        weight = world * own.positions / max(1, batch.positions)
+        loss = self.step(batch, own, step_seed(self.config.seed, number)) * weight
+        value = accelerator.reduce(loss.detach(), "mean").item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.name}: the loss is {value} at step {number}; lower the learning rate "
+                f"({self.config.learning_rate}), or check the item vectors"
+            )
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.optimizer.step()
+        self.warmup.step()
+        self.optimizer.zero_grad()
+        return value
+
+    def judge(self, figures: dict[str, float], metric: str) -> None:
+        """Take in a validation: keep the weights when they are the best so far."""
+        place, result = self.place, self.place.result
+        result.curve.append({"step": result.steps, "epoch": result.epochs, **figures})
+        if not result.best or figures[metric] > result.best[metric]:
+            result.best, place.stale = figures, 0
+            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            place.best_weights = copy.deepcopy({name: parameter.detach() for name, parameter in trained})
+        else:
+            place.stale += 1
+        last = result.epochs >= self.config.epochs or self.out_of_steps
+        place.finished = last or place.stale >= self.config.patience
+
+    def validate(self, figures: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The figures of the main process, in every process."""
+        found = [figures() if self.accelerator.is_main_process else {}]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
+    def save(self) -> None:
+        """Put a checkpoint in place of the last one; it is whole, or it is not there."""
+        if self.checkpoints is None:
+            return
+        result = self.place.result
+        made = self.checkpoints / f"step-{result.steps:09d}-epoch-{result.epochs:06d}"
+        part = self.checkpoints / "part"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part), safe_serialization=False)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            older = list(self.checkpoints.glob("step-*"))
+            part.rename(made)
+            for folder in older:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _resume(self) -> None:
+        found = sorted(self.checkpoints.glob("step-*")) if self.checkpoints else []
+        if not found:
+            return
+        try:
+            self.accelerator.load_state(str(found[-1]))
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            raise TrainingError(
+                f"{self.name}: checkpoint {found[-1]} cannot be read ({type(error).__name__}); remove the folder and "
+                f"train from the beginning"
+            ) from error
+
+    def close(self) -> None:
+        """Leave the model with its best weights."""
+        if self.place.best_weights is not None:
+            self.model.load_state_dict(self.place.best_weights, strict=False)
+        self.model.eval()
 
 
 def fit(
@@ -165,44 +285,35 @@ def fit(
     *,
     name: str,
     metric: str,
+    checkpoints: Path | None = None,
 ) -> FitResult:
-    """Train ``step`` (a module from Batch to loss) and leave it with the weights of the best validation.
+    """Train ``step`` and leave it with the weights of the best validation.
 
-    parameter_groups: as for an optimiser, each with its "params" and optionally its "lr".
-    epoch_batches: epoch number -> its batches. validate: figures of the current weights; ``metric`` decides.
-    Raises TrainingError when the loss is not finite.
+    step: ``forward(batch, own, seed)`` is the mean loss over the positions of ``own``, this process's rows of the
+    step's batch; seed: of the random draws that all processes share. parameter_groups: as for an optimiser, each
+    with its "params" and optionally its "lr". epoch_batches: epoch number -> its batches, the same in every process
+    and every time. validate: figures of the current weights; ``metric`` decides. checkpoints: a folder of this
+    training alone, from which a killed one goes on; who calls removes it when what was trained is safe. Raises
+    TrainingError when the loss is not finite or a checkpoint is damaged.
     """
-    # the precision of the first training in a process would be that of all: a later one may be set differently
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=_mixed_precision(config.precision))
-    optimizer = torch.optim.AdamW(
-        parameter_groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    loop = _Loop(step, parameter_groups, config, name, checkpoints)
+    place = loop.place
+    bar = tqdm(
+        total=config.max_steps,
+        initial=place.result.steps,
+        desc=name,
+        unit="step",
+        mininterval=2,
+        disable=not loop.accelerator.is_main_process,
     )
-    ramp = config.warmup_steps + 1
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: min(1.0, (number + 1) / ramp))
-    step, optimizer, warmup = accelerator.prepare(step, optimizer, warmup)
-    parameters = [parameter for group in parameter_groups for parameter in group["params"]]
-    best_state, stale = None, 0
-    with tqdm(total=config.max_steps, desc=name, unit="step", mininterval=2) as progress:
-        loop = _Loop(name, accelerator, step, optimizer, warmup, parameters, config, progress)
-        result = loop.result
-        for epoch in range(config.epochs):
-            loss = loop.epoch(epoch_batches(epoch))
-            last = result.epochs == config.epochs or loop.out_of_steps
-            if not last and result.epochs % config.validate_every:
-                continue
-            figures = {"loss": loss, **validate()}
-            result.curve.append({"step": result.steps, "epoch": result.epochs, **figures})
-            progress.set_postfix({metric: f"{figures[metric]:.4f}", "loss": f"{figures['loss']:.3f}"})
-            if not result.best or figures[metric] > result.best[metric]:
-                result.best, stale = figures, 0
-                best_state = copy.deepcopy(accelerator.unwrap_model(step).state_dict())
-            else:
-                stale += 1
-            if last or stale >= config.patience:
-                break
-    model = accelerator.unwrap_model(step)
-    if best_state is not None:
-        model.load_state_dict(best_state)
-    model.eval()
-    return result
+    with bar as progress:
+        while not place.finished:
+            loss = loop.epoch(epoch_batches(place.result.epochs), progress)
+            last = place.result.epochs >= config.epochs or loop.out_of_steps
+            if last or place.result.epochs % config.validate_every == 0:
+                figures = {"loss": loss, **loop.validate(validate)}
+                loop.judge(figures, metric)
+                progress.set_postfix({metric: f"{figures[metric]:.4f}", "loss": f"{figures['loss']:.3f}"})
+                loop.save()
+    loop.close()
+    return place.result

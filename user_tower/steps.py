@@ -1,0 +1,48 @@
+"""Stage II's step: histories over one open catalog to the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from user_tower.loss import info_nce
+from user_tower.model import Catalog, UserTower
+from user_tower.negatives import Negatives, NegativeSampler
+from user_tower.sequences import Batch
+
+
+class UserStep(nn.Module):
+    """Windows of histories over one open catalog to the loss; a ``step`` of ``user_tower.train.fit``."""
+
+    def __init__(self, tower: UserTower, catalog: Catalog, sampler: NegativeSampler) -> None:
+        super().__init__()
+        self.tower = tower
+        self.open_catalog = catalog
+        self.sampler = sampler
+
+    def forward(self, batch: Batch, own: Batch, seed: int) -> Tensor:
+        """The mean InfoNCE of this process's positions, against negatives that all processes share; a scalar."""
+        targets = torch.from_numpy(batch.targets[batch.targets >= 0]).to(self.open_catalog.groups.device)
+        return sequence_loss(self.tower, self.open_catalog, own, self.sampler.draw(targets, seed))
+
+
+def sequence_loss(
+    tower: UserTower, catalog: Catalog, batch: Batch, negatives: Negatives, near: float | None = None
+) -> Tensor:
+    """InfoNCE of every position of a batch against the negatives, ``near`` as in ``info_nce``; a scalar."""
+    device = catalog.groups.device
+    items, lengths, targets, times = (torch.from_numpy(array).to(device) for array in batch)
+    queries_PD = tower(catalog, items, lengths, times)[targets >= 0]
+    target_rows = targets[targets >= 0]
+    log_q_N = negatives.log_q
+    return info_nce(
+        queries_PD,
+        tower.item_vectors(catalog, target_rows),
+        tower.item_vectors(catalog, negatives.rows),
+        catalog.groups[target_rows],
+        catalog.groups[negatives.rows],
+        tower.scale(),
+        None if log_q_N is None else log_q_N[target_rows],
+        None if log_q_N is None else log_q_N[negatives.rows],
+        near,
+    )
