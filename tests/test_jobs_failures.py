@@ -18,7 +18,7 @@ from jobs.cli import main
 from pipeline import cache, dataset, embeddings, evaluate, files, index
 from pipeline.store import Store
 from schemas.records import Snapshot
-from user_tower import train
+from user_tower import steps
 
 BASE = ("--set", "item_tower.use=base", "--set", "train.epochs=1", "--set", "tune.warmup_epochs=0")
 STAGES = ["prepare-data", "tune-items", "embed-items", "train-user", "build-index", "evaluate", "compare-runs"]
@@ -37,11 +37,11 @@ def interrupt(*_, **__):
 MOMENTS = [
     ("prepare-data", dataset, "write_record"),
     ("prepare-data", dataset, "data_digest"),
-    ("tune-items", train, "info_nce"),
+    ("tune-items", steps, "info_nce"),
     ("embed-items", embeddings.EmbeddingTable, "commit"),
     ("embed-items", cache, "content_digest"),
     ("embed-items", cache, "write_record"),
-    ("train-user", train, "info_nce"),
+    ("train-user", steps, "info_nce"),
     ("build-index", index, "write_record"),
     ("evaluate", evaluate, "_rank_chunk"),
 ]
