@@ -63,21 +63,23 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     rows = np.flatnonzero(serving.available)
     if len(rows) == 0:
         raise DataError(f"none of the {len(serving.item_ids)} items is available; an index would be empty")
-    record, reused = build_index(
-        context.store,
-        context.config.index,
-        [serving.item_ids[row] for row in rows],
-        vectors[rows],
-        snapshot=serving.snapshot.id if serving.snapshot else None,
-        item_fingerprint=serving.record.item_fingerprint,
-        # candidates that are not the cached vectors themselves belong to this one tower
-        user_tower=None if serving.record.features == "text" else serving.record.id,
-    )
-    seconds = round(time.perf_counter() - started, 3)
-    ann = _report(context, serving, record, vectors[rows], rows)
-    print(f"{record.kind}, {record.vectors} vectors, {record.bytes} bytes; {ann}", file=sys.stderr)
-    with context.tracker.run("index", context.config.name, context.settings("index"), {"index": record.id}) as logged:
+    # opened first: a disk too full for its own record must not be found out after the index is published
+    with context.tracker.run("index", context.config.name, context.settings("index"), {}) as logged:
+        record, reused = build_index(
+            context.store,
+            context.config.index,
+            [serving.item_ids[row] for row in rows],
+            vectors[rows],
+            snapshot=serving.snapshot.id if serving.snapshot else None,
+            item_fingerprint=serving.record.item_fingerprint,
+            # candidates that are not the cached vectors themselves belong to this one tower
+            user_tower=None if serving.record.features == "text" else serving.record.id,
+        )
+        seconds = round(time.perf_counter() - started, 3)
+        ann = _report(context, serving, record, vectors[rows], rows)
+        logged.tags({"index": record.id})
         logged.metrics({f"ann_{key}": value for key, value in ann.items() if key != "none"})
+    print(f"{record.kind}, {record.vectors} vectors, {record.bytes} bytes; {ann}", file=sys.stderr)
     return {
         "index": record.id,
         "snapshot": record.snapshot,

@@ -36,7 +36,13 @@ def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
 
 
 def test_bench_retrieve_prints_its_rows_and_ratios(tmp_path):
-    sets = [f'store="{tmp_path / "none"}"', "bench.vectors=1500", "bench.queries=40", "index.nlist=20", "index.nprobe=20"]
+    sets = [
+        f'store="{tmp_path / "none"}"',
+        "bench.vectors=1500",
+        "bench.queries=40",
+        "index.nlist=20",
+        "index.nprobe=20",
+    ]
     result = BENCHES["retrieve"]("demo.toml", sets)
     assert [row["name"] for row in result["rows"]] == [
         "exact_top_k", "faiss flat", "torch float32", "torch bfloat16", "ivf-flat", "hnsw"
