@@ -12,7 +12,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        bench-seeds bench-grid bench-embed bench-cache bench-ingest test test-all lint types
+        bench-seeds bench-grid bench-embed bench-cache bench-ingest bench-retrieve test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ bench-cache: $(STAMP) ## a plan of 10M items, and opening 1M x 384 against np.lo
 
 bench-ingest: $(STAMP) ## 20M interactions and 2M items from gz CSV against polars' bare scan (2 GB of disk)
 	@$(HLLM) bench ingest --config $(CONFIG) $(ARGS)
+
+bench-retrieve: $(STAMP) ## exact and ANN search against FAISS flat and torch, 100k vectors (ARGS="--set bench.vectors=1000000": 1M)
+	@$(HLLM) bench retrieve --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

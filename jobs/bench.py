@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs import bench_cache, bench_embed, bench_ingest, demo, train_user
+from jobs import bench_cache, bench_embed, bench_ingest, bench_retrieve, demo, train_user
 from jobs.compare_runs import newest_runs, user_values
 from jobs.config import load_config, local_store
 from jobs.context import Context
@@ -85,4 +85,5 @@ BENCHES = {
     "embed": bench_embed.run,
     "cache": bench_cache.run,
     "ingest": bench_ingest.run,
+    "retrieve": bench_retrieve.run,
 }

@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from jobs.context import Context
-from pipeline.index import build_index
-from schemas.errors import DataError
+from jobs.context import Context, ServingTower
+from pipeline.baselines import TowerRecommender
+from pipeline.index import ann_report, build_index, open_index
+from pipeline.splits import queries
+from schemas.errors import DataError, NotFoundError
+from schemas.records import Index
+
+SAMPLE, REPORT_K = 1000, 100
+
+
+def _report(
+    context: Context, serving: ServingTower, record: Index, vectors: NDArray[np.float32], rows: NDArray[np.int64]
+) -> dict[str, Any]:
+    """``ann_report`` over a fixed sample of validation histories; or why there is none. rows: catalog row of each
+    vector."""
+    try:
+        asked = queries(context.dataset.histories, "valid")
+    except (NotFoundError, DataError) as error:
+        return {"none": str(error)}
+    places = {item_id: row for row, item_id in enumerate(serving.item_ids)}
+    ids = context.dataset.item_ids
+    asked = asked.map_items(np.array([*(places.get(item_id, -1) for item_id in ids), -1], dtype=np.int64))
+    usable = np.flatnonzero(asked.histories.lengths)
+    if len(usable) == 0:
+        return {"none": "no validation history has an item of the snapshot"}
+    rng = np.random.default_rng(context.config.index.seed)
+    part = asked.select(np.sort(rng.permutation(usable)[:SAMPLE]))
+    recommender = TowerRecommender(serving.tower, serving.catalog)
+    starts = range(0, len(part.targets), 100)
+    found = [
+        recommender.queries(part.histories.select(np.arange(start, min(start + 100, len(part.targets)))))
+        for start in starts
+    ]
+    in_index = np.full(len(serving.item_ids) + 1, -1, dtype=np.int64)
+    in_index[rows] = np.arange(len(rows))
+    seen = (
+        None
+        if context.config.evaluate.repeats
+        else [in_index[part.histories.of(u)] for u in range(len(part.targets))]
+    )
+    index = open_index(context.store, record, context.config.index)
+    return ann_report(index, vectors, torch.cat(found).cpu().numpy(), in_index[part.targets], REPORT_K, seen)
 
 
 def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
@@ -22,22 +63,30 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     rows = np.flatnonzero(serving.available)
     if len(rows) == 0:
         raise DataError(f"none of the {len(serving.item_ids)} items is available; an index would be empty")
-    record, reused = build_index(
-        context.store,
-        context.config.index,
-        [serving.item_ids[row] for row in rows],
-        vectors[rows],
-        snapshot=serving.snapshot.id if serving.snapshot else None,
-        item_fingerprint=serving.record.item_fingerprint,
-        # candidates that are not the cached vectors themselves belong to this one tower
-        user_tower=None if serving.record.features == "text" else serving.record.id,
-    )
+    # opened first: a disk too full for its own record must not be found out after the index is published
+    with context.tracker.run("index", context.config.name, context.settings("index"), {}) as logged:
+        record, reused = build_index(
+            context.store,
+            context.config.index,
+            [serving.item_ids[row] for row in rows],
+            vectors[rows],
+            snapshot=serving.snapshot.id if serving.snapshot else None,
+            item_fingerprint=serving.record.item_fingerprint,
+            # candidates that are not the cached vectors themselves belong to this one tower
+            user_tower=None if serving.record.features == "text" else serving.record.id,
+        )
+        seconds = round(time.perf_counter() - started, 3)
+        ann = _report(context, serving, record, vectors[rows], rows)
+        logged.tags({"index": record.id})
+        logged.metrics({f"ann_{key}": value for key, value in ann.items() if key != "none"})
+    print(f"{record.kind}, {record.vectors} vectors, {record.bytes} bytes; {ann}", file=sys.stderr)
     return {
         "index": record.id,
         "snapshot": record.snapshot,
         "kind": record.kind,
         "vectors": record.vectors,
         "bytes": record.bytes,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": seconds,
+        "ann": ann,
         "reused": reused,
     }

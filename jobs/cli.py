@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--user", help="a user of the data set")
     who.add_argument("--items", help="item ids, oldest first, with commas between")
     recommend.add_argument("--k", type=int, default=10, help="how many items")
-    commands.choices["bench"].add_argument("bench", choices=("seeds", "grid", "embed", "cache", "ingest"))
+    recommend.add_argument("--blocklist", metavar="FILE", help="item ids that are not recommended, one a line")
+    commands.choices["bench"].add_argument("bench", choices=("seeds", "grid", "embed", "cache", "ingest", "retrieve"))
     return parser
 
 
@@ -80,7 +81,12 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         own = {"plan_only": options["plan"], "allow_full": options["allow_full"]}
     if command == "recommend":
         items = (options["items"] or "").split(",")
-        own |= {"user": options["user"], "items": [item.strip() for item in items], "k": options["k"]}
+        own |= {
+            "user": options["user"],
+            "items": [item.strip() for item in items],
+            "k": options["k"],
+            "blocklist": options["blocklist"],
+        }
     return lambda: module.run(context, **own)
 
 

@@ -21,10 +21,10 @@ from pydantic_settings import (
 from item_tower.embed import EmbedConfig
 from item_tower.encoder import EncoderConfig
 from item_tower.prompt import TemplateConfig
+from pipeline.ann import IndexConfig
 from pipeline.cleanup import RetentionConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.gates import GateConfig
-from pipeline.index import IndexConfig
 from pipeline.intake import DataConfig
 from pipeline.joint import JointConfig
 from pipeline.tracking import TrackingConfig
@@ -42,6 +42,16 @@ class ItemTowerConfig(BaseModel):
 
     use: str = "tuned"
     """``tuned``: the newest of tune-items; ``base``: ``encoder.model`` as it is; or the id of a tuned tower."""
+
+
+class BenchConfig(BaseModel):
+    """Sizes of ``bench retrieve``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vectors: int = Field(default=100_000, gt=0)
+    """N; the goal is set at 1,000,000."""
+    queries: int = Field(default=10_000, gt=0)
 
 
 class Config(BaseSettings):
@@ -65,6 +75,7 @@ class Config(BaseSettings):
     index: IndexConfig = IndexConfig()
     retention: RetentionConfig = RetentionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    bench: BenchConfig = BenchConfig()
     tracking: TrackingConfig = TrackingConfig()
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Run name -> settings that differ under it, as dotted keys."""

@@ -1,51 +1,149 @@
-"""FAISS over the candidates of one snapshot: build, save, load, search. The only file that imports faiss."""
+"""The index over the candidates of one snapshot: publish, open, search with filters."""
 
 from __future__ import annotations
 
+import mmap
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from pipeline.files import next_created_at, record_id, write_record
+from pipeline.ann import Exact, IndexConfig, Searcher, load, make, require_finite, resolve_kind, save
+from pipeline.files import UNREADABLE, next_created_at, record_id, write_record
 from pipeline.store import Store
 from schemas import tables
-from schemas.errors import StoreError
-from schemas.hashing import hash_bytes
+from schemas.errors import ConfigError, StoreError
+from schemas.hashing import Digest, block_digest, hash_texts
 from schemas.records import Index
 
+__all__ = ["IndexConfig", "OpenIndex", "Retrieved", "ann_report", "build_index", "open_index", "read_blocklist"]
+_CELLS = 1 << 22  # of a search's answer at a time: 48 MiB
 
-class IndexConfig(BaseModel):
-    """Kind of the index. ``flat`` is exact inner product."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Retrieved(NamedTuple):
+    """rows int64 and scores float32 [Q, k], best first; -1 and -inf where a list is under-filled.
 
-    kind: Literal["flat"] = "flat"
+    under_filled: lists with fewer than k items; gpu_fallbacks: searches beyond the GPU's caps, made on the CPU.
+    """
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    under_filled: int
+    gpu_fallbacks: int
 
 
 class OpenIndex:
     """A loaded index; ``item_ids`` [n] by its row numbers."""
 
-    def __init__(self, record: Index, index: Any, item_ids: list[str]) -> None:
+    def __init__(self, record: Index, searcher: Searcher | Exact, item_ids: list[str]) -> None:
         self.record = record
-        self.index = index
+        self.searcher = searcher
         self.item_ids = item_ids
+        self.rows = {item_id: row for row, item_id in enumerate(item_ids)}
 
-    def search(self, query: NDArray[np.float32], k: int, exclude: set[str]) -> list[tuple[str, float]]:
-        """The k best (item_id, score) for one query [D], without ``exclude``; fewer when no more are left."""
-        fetch = min(k + len(exclude), len(self.item_ids))  # over-fetch: excluded items may take every place
-        scores, rows = self.index.search(query[None].astype(np.float32), fetch)
-        found = [
-            (self.item_ids[row], float(score))
-            for row, score in zip(rows[0], scores[0], strict=True)
-            if row >= 0 and self.item_ids[row] not in exclude
-        ]
-        return found[:k]
+    def search(
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        seen: Sequence[NDArray[np.int64]] | None = None,
+        blocked: NDArray[np.int64] | None = None,
+    ) -> Retrieved:
+        """The k best for each query [Q, D], without its ``seen`` rows and without ``blocked`` rows.
+
+        More than k are fetched; a list that is still short is asked again, four times as wide, until it is full or
+        the whole index was asked for. Raises ConfigError (k), DataError (queries that are not finite).
+        """
+        total = len(self.item_ids)
+        if not 1 <= k <= total:
+            raise ConfigError(f"k {k}: the index has {total} items; ask for 1 to so many")
+        require_finite(queries, "queries")
+        before = self.searcher.gpu_fallbacks
+        out = np.zeros(total, dtype=bool)
+        out[blocked if blocked is not None else []] = True
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        widest = max((len(each) for each in seen), default=0) if seen is not None else 0
+        # a long blocklist rarely takes the best places: what it takes beyond k is asked for again
+        fetch = min(total, k + widest + min(int(out.sum()), k))
+        todo, effort = np.arange(len(queries)), 1
+        while len(todo):
+            short = []
+            step = max(1, _CELLS // fetch)
+            for start in range(0, len(todo), step):
+                part = todo[start : start + step]
+                found_scores, found = self.searcher.search(queries[part], fetch, effort)
+                for at, query in enumerate(part):
+                    keep = (found[at] >= 0) & ~out[found[at]]
+                    if seen is not None and len(seen[query]):
+                        keep &= ~np.isin(found[at], seen[query])
+                    chosen = np.flatnonzero(keep)[:k]
+                    rows[query, : len(chosen)] = found[at, chosen]
+                    scores[query, : len(chosen)] = found_scores[at, chosen]
+                    if len(chosen) < k:
+                        short.append(query)
+            if fetch == total and effort > total:
+                break
+            todo = np.array(short, dtype=np.int64)
+            # the last round reads every list of an IVF
+            fetch, effort = min(total, 4 * fetch), effort * 4 if fetch < total else total + 1
+        return Retrieved(rows, scores, int((rows[:, -1] < 0).sum()), self.searcher.gpu_fallbacks - before)
+
+
+def read_blocklist(path: str, index: OpenIndex) -> tuple[NDArray[np.int64], int]:
+    """Rows of the item ids of a text file, one a line, and how many of them the index lacks. Raises ConfigError."""
+    try:
+        lines = {line.strip() for line in Path(path).read_text("utf-8").splitlines()} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--blocklist {path} cannot be read: {error}") from error
+    known = sorted(index.rows[item_id] for item_id in lines if item_id in index.rows)
+    return np.array(known, dtype=np.int64), len(lines) - len(known)
+
+
+def intersection(found: NDArray[np.int64], exact: NDArray[np.int64]) -> float:
+    """Share of each exact list [Q, k] that the found list [Q, k] holds, mean over the lists that are not empty."""
+    shares = [
+        len(np.intersect1d(a[a >= 0], b[b >= 0])) / (b >= 0).sum()
+        for a, b in zip(found, exact, strict=True)
+        if (b >= 0).any()
+    ]
+    return float(np.mean(shares)) if shares else 1.0
+
+
+def ann_report(
+    index: OpenIndex,
+    vectors: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    targets: NDArray[np.int64],
+    k: int,
+    seen: Sequence[NDArray[np.int64]] | None = None,
+) -> dict[str, float]:
+    """What the model misses and what the index misses, apart (DESIGN 9), over queries [Q, D].
+
+    vectors [n, D]: those of the index, in its order; targets [Q]: the wanted row, -1 where the index lacks it.
+    model_recall: share of targets in the exact lists; index_recall: in the index's lists; ann_loss: 1 minus the
+    intersection of the two lists; milliseconds: a query, searched in one batch.
+    """
+    k = min(k, len(vectors))
+    started = time.perf_counter()
+    found = index.search(queries, k, seen)
+    seconds = time.perf_counter() - started
+    exact = OpenIndex(index.record, Exact(vectors), index.item_ids).search(queries, k, seen)
+    wanted = (targets >= 0)[:, None]
+    return {
+        "k": k,
+        "queries": len(queries),
+        "model_recall": round(float(((exact.rows == targets[:, None]) & wanted).any(1).mean()), 6),
+        "index_recall": round(float(((found.rows == targets[:, None]) & wanted).any(1).mean()), 6),
+        "ann_loss": round(1 - intersection(found.rows, exact.rows), 6),
+        "milliseconds": round(1000 * seconds / len(queries), 4),
+        "bytes": index.record.bytes,
+        "under_filled": found.under_filled,
+    }
 
 
 def build_index(
@@ -60,43 +158,56 @@ def build_index(
 ) -> tuple[Index, bool]:
     """Publish an index over the candidates, vectors [n, D] as ``UserTower.item_vectors`` gives them.
 
-    Returns the newest index of the same snapshot and tower when its bytes are the same, and whether it was there.
+    Returns the newest index of the same snapshot and tower when it was made from the same vectors, ids and
+    settings, and whether it was there. Raises DataError, ConfigError.
     """
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(np.ascontiguousarray(vectors))
-    data = faiss.serialize_index(index).tobytes()
-    checksum = hash_bytes(data, *(item_id.encode() for item_id in item_ids)).hex()
-    existing = store.all(Index, snapshot=snapshot, user_tower=user_tower)
-    if existing and existing[-1].checksum == checksum:
-        return existing[-1], True
+    require_finite(vectors, "vectors")
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    inputs = Digest().add(block_digest(vectors)).add(config.model_dump_json(exclude={"gpu"}))
+    for item_id in item_ids:
+        inputs.add(item_id)
+    existing = store.newest(Index, snapshot=snapshot, user_tower=user_tower)
+    if existing and existing.inputs == inputs.hexdigest():
+        return existing, True
+    index = make(config, vectors)
     created_at = next_created_at(store.all(Index))
-    record = Index(
-        id=record_id(created_at, checksum),
-        created_at=created_at,
-        kind=config.kind,
-        snapshot=snapshot,
-        item_fingerprint=item_fingerprint,
-        user_tower=user_tower,
-        vectors=len(item_ids),
-        dim=vectors.shape[1],
-        bytes=len(data),
-        checksum=checksum,
-    )
-    with store.new(Index, record.id) as folder:
-        (folder / "index.faiss").write_bytes(data)
+    name = record_id(created_at, inputs.hexdigest())
+    with store.new(Index, name) as folder:
+        save(index, folder / "index.faiss")
         pq.write_table(pa.table({tables.ITEM_ID: pa.array(item_ids, pa.string())}), folder / "items.parquet")
+        record = Index(
+            id=name,
+            created_at=created_at,
+            kind=resolve_kind(config, len(item_ids)),
+            snapshot=snapshot,
+            item_fingerprint=item_fingerprint,
+            user_tower=user_tower,
+            vectors=len(item_ids),
+            dim=vectors.shape[1],
+            bytes=(folder / "index.faiss").stat().st_size,
+            checksum=_checksum(folder / "index.faiss", item_ids),
+            inputs=inputs.hexdigest(),
+        )
         write_record(folder, record)
     return record, False
 
 
-def open_index(store: Store, record: Index) -> OpenIndex:
-    """Load an index and check it. Raises StoreError when it does not match its checksum."""
+def _checksum(path: Path, item_ids: list[str]) -> str:
+    """Of the file, mapped and hashed on all cores, and of the ids."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with the last view of it
+    return hash_texts(block_digest(np.frombuffer(mapped, np.uint8)), *item_ids).hex()
+
+
+def open_index(store: Store, record: Index, config: IndexConfig | None = None) -> OpenIndex:
+    """Check an index against its checksum and map it. Raises StoreError when it does not match."""
     folder: Path = store.folder(record)
     try:
-        data = (folder / "index.faiss").read_bytes()
         item_ids = pq.read_table(folder / "items.parquet").column(tables.ITEM_ID).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        checksum = _checksum(folder / "index.faiss", item_ids)
+    except (*UNREADABLE, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise StoreError(f"index {folder} cannot be read: {error}; run build-index again") from error
-    if hash_bytes(data, *(item_id.encode() for item_id in item_ids)).hex() != record.checksum:
+    if checksum != record.checksum:
         raise StoreError(f"index {folder} does not match its checksum; remove it and run build-index again")
-    return OpenIndex(record, faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8)), item_ids)
+    index = load(folder / "index.faiss", record.kind)
+    return OpenIndex(record, Searcher(index, config or IndexConfig(), record.kind), item_ids)

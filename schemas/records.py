@@ -103,3 +103,4 @@ class Index(Record):
     dim: int
     bytes: int
     checksum: str
+    inputs: str = ""  # hash of vectors, ids and settings

@@ -122,7 +122,9 @@ def served(workspace, embed_here):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recommend", "--user", "nobody"], "--user nobody: unknown; data set"),
+        (["recommend", "--user", "u0", "--blocklist", "none.txt"], "--blocklist none.txt cannot be read"),
+        (["build-index", "--set", "index.kind=tree"], "index.kind: Input should be 'auto', 'flat'"),
+        (["build-index", "--set", "index.kind=ivf-pq"], "24 vectors, it is trained on 9984 at least; use flat"),
         (["recommend", "--items", "i0,nothing"], "--items: ['nothing'] are not in the catalog"),
         (["recommend", "--items", ""], "are not in the catalog"),
         (["recommend", "--user", "u0", "--k", "25"], "--k 25: the catalog has 24 items"),

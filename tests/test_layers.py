@@ -20,7 +20,7 @@ MAY_IMPORT = {
 KEEPERS = {
     "ray": {"jobs/embed_ray.py"},
     "mlflow": {"pipeline/tracking.py"},
-    "faiss": {"pipeline/index.py"},
+    "faiss": {"pipeline/ann.py"},
     "deltalake": {"pipeline/embeddings.py"},
     "accelerate": {"user_tower/train.py"},
     "peft": {"user_tower/lora.py"},

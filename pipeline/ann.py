@@ -1,0 +1,234 @@
+"""Nearest vectors by inner product: exact, and the FAISS kinds with their defaults. The only file that imports faiss.
+
+Legend: Q queries, N vectors, D dim, k neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from schemas.errors import ConfigError, DataError, StoreError
+
+_faiss: Any = faiss  # its stubs lack the constructors with keywords
+Kind = Literal["flat", "ivf-flat", "ivf-pq", "hnsw"]
+AUTO_FLAT = 20_000  # up to here exact search over all vectors takes about a millisecond
+PQ_TRAIN = 39 * 256  # FAISS asks for 39 training points a centroid, and a byte of a code has 256 centroids
+GPU_CAP = 2048  # of k and of nprobe, FAISS wiki, "Faiss on the GPU"
+_QUERIES, _ITEMS = 256, 16_384  # one block of scores: 16 MiB
+
+
+class IndexConfig(BaseModel):
+    """Kind and parameters of an index; None is a default by the number of vectors N."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["auto", "flat", "ivf-flat", "ivf-pq", "hnsw"] = "auto"
+    """``flat`` is exact. ``auto`` is ``flat`` up to 20,000 vectors, else ``ivf-flat``."""
+    nlist: int | None = Field(default=None, ge=1)
+    """Lists of an IVF; None: 4 sqrt(N), the lower end of the FAISS guidelines, and at most N / 39."""
+    nprobe: int | None = Field(default=None, ge=1)
+    """Lists that a query reads; None: a hundredth of the lists, at least 8; ``bench retrieve`` measures what it finds."""
+    pq_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of a product-quantised vector, a divisor of D; None: the largest that is at most D / 4."""
+    hnsw_links: int = Field(default=32, ge=4)
+    """Links of a node (M)."""
+    ef_construction: int = Field(default=100, ge=1)
+    """Candidates while HNSW is built."""
+    ef_search: int = Field(default=256, ge=1)
+    """Candidates while HNSW is searched; never fewer than k."""
+    seed: int = 1234
+    """Of k-means. HNSW links depend on the number of threads as well: two builds may differ."""
+    gpu: bool = True
+    """Search on the GPUs that there are."""
+
+
+def resolve_kind(config: IndexConfig, count: int) -> Kind:
+    """The kind that ``auto`` stands for."""
+    if config.kind != "auto":
+        return config.kind
+    return "flat" if count <= AUTO_FLAT else "ivf-flat"
+
+
+def lists(config: IndexConfig, count: int) -> tuple[int, int]:
+    """(nlist, nprobe) for ``count`` vectors. Raises ConfigError when there are more lists than vectors."""
+    nlist = config.nlist or max(1, min(int(4 * math.sqrt(count)), count // 39))
+    if nlist > count:
+        raise ConfigError(f"index.nlist {nlist}: there are {count} vectors; ask for at most so many lists")
+    return nlist, min(nlist, config.nprobe or max(8, nlist // 100))
+
+
+def _pq_bytes(config: IndexConfig, dim: int, count: int) -> int:
+    if count < PQ_TRAIN:
+        raise ConfigError(f"index.kind ivf-pq: {count} vectors, it is trained on {PQ_TRAIN} at least; use flat")
+    size = config.pq_bytes or max(d for d in range(1, max(1, dim // 4) + 1) if dim % d == 0)
+    if dim % size:
+        raise ConfigError(f"index.pq_bytes {size} does not divide the dim {dim}")
+    return size
+
+
+def require_finite(vectors: NDArray[np.float32], what: str) -> None:
+    """Raises DataError, naming the first row of [n, D] with a NaN or an infinity."""
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise DataError(f"{len(bad)} of {len(vectors)} {what} are not finite, the first is row {bad[0]}; embed again")
+
+
+def make(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
+    """A trained and filled FAISS index over vectors [N, D], rows in their order.
+
+    Raises DataError (not finite), ConfigError (parameters that do not fit N or D).
+    """
+    require_finite(vectors, "vectors")
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    count, dim = vectors.shape
+    kind = resolve_kind(config, count)
+    index: Any
+    if kind == "flat":
+        index = faiss.IndexFlatIP(dim)
+    elif kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, config.hnsw_links, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = config.ef_construction, config.ef_search
+    else:
+        nlist, nprobe = lists(config, count)
+        code = "Flat" if kind == "ivf-flat" else f"PQ{_pq_bytes(config, dim, count)}"
+        index = faiss.index_factory(dim, f"IVF{nlist},{code}", faiss.METRIC_INNER_PRODUCT)
+        index.nprobe, index.cp.seed = nprobe, config.seed
+        index.train(vectors)
+    index.add(vectors)
+    return index
+
+
+def load(path: Path, kind: str) -> Any:
+    """An index from its file, memory-mapped: an IVF by its lists, the others whole. Raises StoreError."""
+    flag = faiss.IO_FLAG_MMAP if kind.startswith("ivf") else faiss.IO_FLAG_MMAP_IFC
+    try:
+        return faiss.read_index(str(path), flag)
+    except RuntimeError as error:
+        raise StoreError(f"index {path} cannot be read: {error}; run build-index again") from error
+
+
+def save(index: Any, path: Path) -> None:
+    """Write an index to a file."""
+    faiss.write_index(index, str(path))
+
+
+def flat_vectors(index: Any) -> NDArray[np.float32]:
+    """The vectors [N, D] of a flat index, not copied; valid while the index lives."""
+    flat: NDArray[np.float32] = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d)
+    return flat.reshape(index.ntotal, index.d)
+
+
+class Exact:
+    """Exact search over an array [N, D], the reference of every index."""
+
+    gpu_fallbacks = 0
+
+    def __init__(self, vectors: NDArray[np.float32]) -> None:
+        self._vectors = vectors
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, effort: int = 1
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See ``exact_top_k``."""
+        return exact_top_k(queries, self._vectors, k)
+
+
+class Searcher:
+    """Search in one index. gpu_fallbacks: searches that the GPU's caps sent to the CPU."""
+
+    def __init__(self, index: Any, config: IndexConfig, kind: str) -> None:
+        self.kind, self._cpu, self.gpu_fallbacks = kind, index, 0
+        self._gpu = None
+        if config.gpu and kind != "hnsw" and faiss.get_num_gpus() > 0:
+            options = faiss.GpuMultipleClonerOptions()
+            options.useFloat16 = options.shard = True
+            self._gpu = faiss.index_cpu_to_all_gpus(index, options)
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, effort: int = 1
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores and rows [Q, k], best first; row -1 where fewer were found. effort multiplies nprobe."""
+        parameters: Any = None
+        nprobe = 0
+        if self.kind.startswith("ivf"):
+            nprobe = min(self._cpu.nlist, self._cpu.nprobe * effort)
+            parameters = _faiss.SearchParametersIVF(nprobe=nprobe)
+        elif self.kind == "hnsw":
+            parameters = _faiss.SearchParametersHNSW(efSearch=max(k, self._cpu.hnsw.efSearch * effort))
+        if self._gpu is not None:
+            if max(k, nprobe) <= GPU_CAP:
+                return self._gpu.search(queries, k, params=parameters)
+            self.gpu_fallbacks += 1
+        if self.kind == "flat":
+            return exact_top_k(queries, flat_vectors(self._cpu), k)
+        return self._cpu.search(queries, k, params=parameters)
+
+
+def _block_top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of each row of [Q, n], equal scores by smallest column; best first."""
+    size = scores.shape[1]
+    values, rows = scores.topk(min(k + 1, size), dim=1)
+    if k < size:
+        values, tied = values[:, :k], torch.nonzero(values[:, k - 1] == values[:, k]).flatten()
+        rows = rows[:, :k]
+        if len(tied):  # topk takes any of the equal ones at the border
+            ordered = scores[tied].sort(dim=1, descending=True, stable=True)
+            rows = rows.index_copy(0, tied, ordered.indices[:, :k])
+    rows = rows.sort(dim=1).values
+    values, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
+    return values, rows.gather(1, order)
+
+
+def exact_top_k(
+    queries: NDArray[np.float32], vectors: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k largest inner products of queries [Q, D] with vectors [N, D]: scores float32 and rows [Q, k].
+
+    Best first, equal scores by smallest row. In blocks: [Q, N] never exists. Raises ConfigError when k > N.
+    """
+    if not 1 <= k <= len(vectors):
+        raise ConfigError(f"k {k}: there are {len(vectors)} vectors; ask for 1 to so many")
+    items_ND = torch.from_numpy(vectors)
+    scores = np.empty((len(queries), k), dtype=np.float32)
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    for start in range(0, len(queries), _QUERIES):
+        query_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + _QUERIES], dtype=np.float32))
+        best: tuple[torch.Tensor, torch.Tensor] | None = None
+        for first in range(0, len(vectors), _ITEMS):
+            block = query_QD @ items_ND[first : first + _ITEMS].T
+            values, found = _block_top(block, k)
+            found += first
+            if best is not None:  # earlier rows stand first, and the sort is stable
+                values, found = torch.cat([best[0], values], 1), torch.cat([best[1], found], 1)
+                values, order = values.sort(dim=1, descending=True, stable=True)
+                values, found = values[:, :k], found.gather(1, order[:, :k])
+            best = values, found
+        assert best is not None
+        scores[start : start + _QUERIES], rows[start : start + _QUERIES] = best[0].numpy(), best[1].numpy()
+    return scores, rows
+
+
+def faiss_flat(vectors: NDArray[np.float32]) -> Any:
+    """FAISS's own exact index over [N, D], to measure against."""
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def serialized_bytes(index: Any) -> int:
+    """Bytes of an index as it is saved."""
+    return len(faiss.serialize_index(index))
+
+
+def set_threads(count: int) -> int:
+    """Let FAISS use so many threads; returns it."""
+    faiss.omp_set_num_threads(count)
+    return count

@@ -1,0 +1,52 @@
+"""recommend with a blocklist and without a history, the report of build-index, and bench retrieve."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from jobs.bench import BENCHES
+
+
+def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
+    workspace.toml.write_text(workspace.toml.read_text() + '[item_tower]\nuse = "base"\n')
+    for command in ("prepare-data", "embed-items", "train-user"):
+        workspace.run(command)
+    built = workspace.run("build-index")
+    assert (built["kind"], built["ann"]["ann_loss"], built["ann"]["queries"]) == ("flat", 0.0, 60)
+    assert built["ann"]["model_recall"] == built["ann"]["index_recall"]
+    assert workspace.run("build-index")["reused"]
+
+    plain = workspace.run("recommend", "--user", "u0", "--k", "3")
+    assert (plain["fallback"], plain["users_without_history"], plain["blocked"]) == (None, 0, 0)
+    ids = [item["item_id"] for item in plain["items"]]
+    (tmp_path / "block.txt").write_text(f"{ids[0]}\nnothing\n")
+    blocked = workspace.run("recommend", "--user", "u0", "--k", "3", "--blocklist", str(tmp_path / "block.txt"))
+    assert (blocked["blocked"], blocked["blocklist_unknown"]) == (1, 1)
+    assert [item["item_id"] for item in blocked["items"]][:2] == ids[1:]
+    assert blocked["index"] == plain["index"]
+
+    counts = pl.read_csv(workspace.data("events"))["item_id"].value_counts()
+    by_item = dict(zip(counts["item_id"], counts["count"], strict=True))
+    cold = workspace.run("recommend", "--user", "nobody", "--k", "5", "--blocklist", str(tmp_path / "block.txt"))
+    assert (cold["fallback"], cold["users_without_history"]) == ("popularity", 1)
+    assert [item["score"] for item in cold["items"]] == sorted(
+        (count for item, count in by_item.items() if item != ids[0]), reverse=True
+    )[:5]
+    assert all(by_item[item["item_id"]] == item["score"] and item["item_id"] != ids[0] for item in cold["items"])
+
+
+def test_bench_retrieve_prints_its_rows_and_ratios(tmp_path):
+    sets = [
+        f'store="{tmp_path / "none"}"',
+        "bench.vectors=1500",
+        "bench.queries=40",
+        "index.nlist=20",
+        "index.nprobe=20",
+    ]
+    result = BENCHES["retrieve"]("demo.toml", sets)
+    assert [row["name"] for row in result["rows"]] == [
+        "exact_top_k", "faiss flat", "torch float32", "torch bfloat16", "ivf-flat", "hnsw"
+    ]  # fmt: skip
+    assert set(result["ratio"]) == {"ann_speed_over_flat", "ann_recall", "exact_over_faiss_flat"}
+    assert result["ratio"]["ann_recall"] == 1.0  # it reads every list
+    assert all(row["source"].startswith("made up") for row in result["rows"])
