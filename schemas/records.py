@@ -83,6 +83,7 @@ class UserTower(Record):
     item_fingerprint: str | None  # None: it reads ids only and pairs with any snapshot
     snapshot: str | None  # trained on; a later snapshot of the same fingerprint may serve it
     dataset: str
+    split: str = "leave-last-out"  # whose training part it saw, see ``training_label``
     fingerprint: str
     config: dict[str, Any]
     run_id: str

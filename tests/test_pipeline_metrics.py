@@ -65,4 +65,4 @@ def test_bootstrap_covers_the_mean_and_narrows_with_users():
 
 def test_paired_difference_uses_the_same_users():
     first = np.random.default_rng(0).random(200)
-    assert paired_difference(first + 0.25, first) == pytest.approx((0.25, 0.25, 0.25))
+    assert paired_difference(first + 0.25, first) == pytest.approx((0.25, 0.25, 0.25, 1 / 1001))
