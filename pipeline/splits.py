@@ -59,9 +59,9 @@ class Queries:
     """What is asked of a recommender.
 
     histories: U; targets: [P] catalog rows, -1 for one that the catalog lacks; offsets: [U + 1], the targets of user
-    u are targets[offsets[u]:offsets[u + 1]], distinct, or None where each user has one; times: [P] milliseconds of the
-    targets, or None where they are not known; negatives: [U, n] rows that the one target of each user stands against
-    (-1: none), or None where the whole catalog does.
+    u are targets[offsets[u]:offsets[u + 1]], distinct, or None where each user has one; times: [P] milliseconds of
+    the targets, or None where they are not known; negatives: [U, n] rows that the one target of each user stands
+    against (-1: none), or None where the whole catalog does.
     """
 
     histories: Histories
@@ -137,10 +137,10 @@ def boundaries(histories: Histories, config: SplitConfig) -> tuple[int, int]:
         ordered = np.partition(times, [int(share * (len(times) - 1)) for share in _SHARES])
         first, second = (int(ordered[int(share * (len(times) - 1))]) for share in _SHARES)
     if not ((times < first).any() and ((times >= first) & (times < second)).any() and (times >= second).any()):
+        span = f"{_spelled(int(times.min()))} to {_spelled(int(times.max()))}"
         raise ConfigError(
             f"temporal: validation from {_spelled(first)} and test from {_spelled(second)} leave no event for "
-            f"training, validation or test; the events run from {_spelled(int(times.min()))} to {_spelled(int(times.max()))}: "
-            f"set evaluate.valid_from and evaluate.test_from"
+            f"training, validation or test; the events run from {span}: set evaluate.valid_from, evaluate.test_from"
         )
     return first, second
 
