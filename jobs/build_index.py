@@ -26,7 +26,7 @@ def _report(
     """``ann_report`` over a fixed sample of validation histories; or why there is none. rows: catalog row of each
     vector."""
     try:
-        asked = queries(context.dataset.histories, "valid")
+        asked = queries(context.dataset.histories, "valid", context.config.evaluate)
     except (NotFoundError, DataError) as error:
         return {"none": str(error)}
     places = {item_id: row for row, item_id in enumerate(serving.item_ids)}

@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": ("a measurement by name", False, False),
 }
 INTERRUPTED = 130
+PROTOCOLS = ("leave-last-out", "temporal", "sampled")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--snapshot", help="snapshot id; by default the newest that fits")
         if split:
             sub.add_argument("--split", choices=("valid", "test"), default="test")
+            sub.add_argument(
+                "--negatives", type=int, metavar="N", help="for sampled: random items beside each target"
+            )
+        if command in ("tune-items", "train-user", "evaluate", "compare-runs"):
+            sub.add_argument("--protocol", choices=PROTOCOLS, help="in place of evaluate.protocol")
     snapshots = commands.choices["snapshots"]
     snapshots.add_argument("action", choices=("list", "show", "clean"))
     commands.choices["export-items"].add_argument("--out", required=True, metavar="PARQUET", help="file to write")
@@ -58,14 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--items", help="item ids, oldest first, with commas between")
     recommend.add_argument("--k", type=int, default=10, help="how many items")
     recommend.add_argument("--blocklist", metavar="FILE", help="item ids that are not recommended, one a line")
-    commands.choices["bench"].add_argument("bench", choices=("seeds", "grid", "embed", "cache", "ingest", "retrieve"))
+    kinds = ("seeds", "grid", "embed", "cache", "ingest", "retrieve")
+    commands.choices["bench"].add_argument("bench", choices=kinds)
     return parser
 
 
 def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     """The work of the parsed command, nothing imported before it is needed."""
     options = vars(arguments)
-    command, config, sets = options["command"], options["config"], options["sets"]
+    command, config, sets = options["command"], options["config"], [*options["sets"]]
+    sets += [f"evaluate.{key}={options[key]}" for key in ("protocol", "negatives") if options.get(key) is not None]
     if command == "demo":
         return lambda: importlib.import_module("jobs.demo").run(config or "demo.toml", sets)
     if command == "bench":

@@ -1,4 +1,4 @@
-"""compare-runs: the newest evaluation of each name, on the same data and protocol, in one table."""
+"""compare-runs: the newest evaluation of each name, on the same data and protocol, in one table and one report."""
 
 from __future__ import annotations
 
@@ -9,28 +9,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.context import Context
-from jobs.evaluate import protocol
+from jobs.evaluate import RESULT_FORMAT, protocol
+from pipeline.charts import Curve
 from pipeline.dataset import read_profile
 from pipeline.files import write_file
-from pipeline.metrics import FloatArray, paired_difference, per_user
+from pipeline.metrics import FloatArray, IntArray, paired_difference, per_user
 from pipeline.profile import drift_rows
-from pipeline.report import as_html, as_text, rows, samples_as_text
+from pipeline.report import Page, as_html, as_text, rows, samples_as_text
 from pipeline.splits import Split
 from pipeline.tracking import FoundRun
 from schemas import tables
 from schemas.errors import NotFoundError, StoreError
 
+# what must be the same of all runs of a table; figures that differ in one of these say nothing about the runs
+SAME = ("protocol", "split", "data", "users")
+
 
 def newest_runs(context: Context, split: Split) -> list[FoundRun]:
     """The newest finished evaluation of each name on the current data set. Raises NotFoundError."""
     record = context.dataset.record
-    wanted = {"dataset": record.digest, "protocol": protocol(context.config.evaluate), "split": split}
+    wanted = {"dataset": record.digest, "protocol": protocol(context), "split": split, "format": RESULT_FORMAT}
     newest: dict[str, FoundRun] = {}
     for run in context.tracker.find(kind="evaluate", **wanted):
         newest.setdefault(run.name, run)
     if not newest:
-        raise NotFoundError(f"no evaluation of data set {record.id} on split {split}; run hllm evaluate first")
+        raise NotFoundError(
+            f"no evaluation of data set {record.id} on split {split} under protocol {wanted['protocol']!r}; "
+            f"run hllm evaluate first"
+        )
     return list(newest.values())
+
+
+def left_out(context: Context, split: Split, shown: set[str]) -> list[dict[str, str]]:
+    """Names that were evaluated, but never as the table asks: they cannot be ranked in it."""
+    others: dict[str, FoundRun] = {}
+    for run in context.tracker.find(kind="evaluate", split=split):
+        if run.name not in shown:
+            others.setdefault(run.name, run)
+    return [
+        {"name": name, "run_id": run.run_id, "protocol": run.tags["protocol"], "dataset": run.tags["dataset"]}
+        for name, run in sorted(others.items())
+    ]
+
+
+def user_offsets(users: list[str]) -> IntArray:
+    """[U + 1] where each user's targets begin in ``ranks.parquet``, in which they lie together."""
+    starts = [place for place, user in enumerate(users) if place == 0 or user != users[place - 1]]
+    return np.array([*starts, len(users)], dtype=np.int64)
 
 
 def user_values(context: Context, run_id: str, metric: str) -> tuple[list[str], FloatArray]:
@@ -38,40 +63,93 @@ def user_values(context: Context, run_id: str, metric: str) -> tuple[list[str], 
     ranks = context.tracker.read_table(run_id, "ranks.parquet")
     above: NDArray[np.int64] = ranks.column(tables.ABOVE).to_numpy()
     ties: NDArray[np.int64] = ranks.column(tables.TIES).to_numpy()
-    values = per_user(above, ties, context.config.evaluate.ks, len(context.dataset.item_ids))
-    return ranks.column(tables.USER_ID).to_pylist(), values[metric]
+    users = ranks.column(tables.USER_ID).to_pylist()
+    offsets = user_offsets(users)
+    catalog = len(context.dataset.item_ids)
+    values = per_user(above, ties, context.config.evaluate.ks, catalog, offsets)
+    return [users[start] for start in offsets[:-1]], values[metric]
+
+
+def require_comparable(results: list[dict[str, Any]]) -> None:
+    """Raises StoreError naming the two runs and what differs: protocol, split, data or users."""
+    for result in results[1:]:
+        for key in SAME:
+            if result.get(key) != results[0].get(key):
+                raise StoreError(
+                    f"runs {results[0]['run_id']} ({results[0]['name']}) and {result['run_id']} ({result['name']}) "
+                    f"differ in {key}: {results[0].get(key)!r} and {result.get(key)!r}; they cannot be ranked in one "
+                    f"table, evaluate both again"
+                )
+
+
+def _against_best(context: Context, found: list[FoundRun], metric: str) -> list[list[float] | None]:
+    """Best minus each run (the best comes first): mean, low, high, p; None for the best itself."""
+    users, best_values = user_values(context, found[0].run_id, metric)
+    behind: list[list[float] | None] = [None]
+    for run in found[1:]:
+        others, values = user_values(context, run.run_id, metric)
+        if others != users:
+            raise StoreError(f"runs {run.run_id} and {found[0].run_id} asked different users")
+        behind.append(list(paired_difference(best_values, values, context.config.evaluate.bootstrap)))
+    return behind
+
+
+def _curves(context: Context, found: list[FoundRun], metric: str) -> list[Curve]:
+    """Validation figures of the trainings behind the runs, where they were logged."""
+    curves = []
+    for run in found:
+        training = run.tags.get("training_run")
+        points = context.tracker.curve(training, metric) if training else []
+        if points:
+            curves.append(Curve(run.name, points))
+    return curves
+
+
+def _read(context: Context, found: list[FoundRun]) -> list[dict[str, Any]]:
+    results = [context.tracker.read_json(run.run_id, "result.json") for run in found]
+    require_comparable(results)
+    return results
 
 
 def run(context: Context, split: Split = "test") -> dict[str, Any]:
-    """Print the table and some users' recommendations; write the HTML report. Raises NotFoundError."""
+    """Print the table and some users' recommendations; write and log the HTML report.
+
+    Raises NotFoundError, StoreError.
+    """
     metric = context.config.evaluate.metric
-    found = newest_runs(context, split)
-    results = [context.tracker.read_json(run.run_id, "result.json") for run in found]
-    order = sorted(range(len(found)), key=lambda place: (-results[place]["metrics"][metric], found[place].name))
-    leader = order[0]
-    users, best_values = user_values(context, found[leader].run_id, metric)
+    unordered = newest_runs(context, split)
+    read = _read(context, unordered)
+    order = sorted(range(len(unordered)), key=lambda place: (-read[place]["metrics"][metric], unordered[place].name))
+    found, results = [unordered[place] for place in order], [read[place] for place in order]
     runs = []
-    for place in order:
-        behind = None
-        if place != leader:
-            others, values = user_values(context, found[place].run_id, metric)
-            if others != users:
-                raise StoreError(f"runs {found[place].run_id} and {found[leader].run_id} asked different users")
-            behind = list(paired_difference(best_values, values, context.config.evaluate.bootstrap))
-        result = results[place]
-        kept = {key: result[key] for key in ("name", "run_id", "users", "metrics", "ci95")}
-        runs.append({**kept, "behind": behind})
-    best = found[leader]
+    for result, behind in zip(results, _against_best(context, found, metric), strict=True):
+        kept = {key: result[key] for key in ("name", "run_id", "users", "metrics", "ci95", "slices", "lists")}
+        runs.append({**kept, "behind": behind, "candidates": result["counts"]["candidates"]})
+    best, data = found[0], context.dataset.record
     samples = context.tracker.read_json(best.run_id, "samples.json")
-    largest = sorted(context.config.evaluate.ks)
-    shown = [f"{kind}@{k}" for k in largest for kind in ("recall", "ndcg")]
-    header, cells = rows(runs, shown, metric)
-    data = context.dataset.record
-    title = f"{data.name} {data.digest[:12]}, {protocol(context.config.evaluate)}, {split}, {runs[0]['users']} users"
+    counts = results[0]["counts"]
+    title = (
+        f"{data.name} {data.digest[:12]}, {results[0]['protocol']}, {split}, {counts['users']} users, "
+        f"{counts['targets']} targets"
+    )
+    header, cells = rows(runs, metric)
+    others = left_out(context, split, {run.name for run in found})
     print(f"{title}\n\n{as_text(header, cells)}\n\n{best.name} recommends:\n\n{samples_as_text(samples)}\n")
-    path = context.store.root / "reports" / f"{data.name}-{split}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if others:
+        names = ", ".join(other["name"] for other in others)
+        print(f"not in the table, for other data, another protocol or an older version: {names}")
     figures = drift_rows(read_profile(context.store, data))
-    write_file(path, as_html(title, header, cells, samples, best.name, figures).encode())
+    page = as_html(
+        Page(title, results[0]["candidates"], metric, runs, samples, figures, _curves(context, found, metric))
+    )
+    path = context.store.root / "reports" / f"{data.name}-{context.config.evaluate.protocol}-{split}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, page.encode())
+    tags = {"dataset": data.digest, "data": data.name, "protocol": results[0]["protocol"], "split": split}
+    with context.tracker.run("compare-runs", "comparison", context.settings("evaluate", "data"), tags) as logged:
+        logged.artifact("report.html", page)
     print(f"report: {path}", file=sys.stderr)
-    return {"runs": runs, "best": best.name, "report": str(path)}
+    return {
+        "protocol": results[0]["protocol"], "split": split, "data": results[0]["data"], "counts": counts,
+        "runs": runs, "best": best.name, "left_out": others, "report": str(path),
+    }  # fmt: skip

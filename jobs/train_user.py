@@ -19,7 +19,7 @@ from pipeline.cache import open_snapshot
 from pipeline.evaluate import rank_targets
 from pipeline.files import next_created_at, record_id, write_record
 from pipeline.metrics import per_user
-from pipeline.splits import queries, training_part
+from pipeline.splits import queries, training_label, training_part
 from schemas.errors import ConfigError, FingerprintMismatchError
 from schemas.records import ItemTower, Snapshot, UserTower
 from user_tower.model import UserTower as UserTowerModel
@@ -103,8 +103,8 @@ def _train(
     context: Context, features: Features, parent: UserTowerModel | None, checkpoints: Path
 ) -> tuple[UserTowerModel, FitResult]:
     config, histories = context.config, context.dataset.histories
-    training = training_part(histories).map_items(features.rows)
-    validation = queries(histories, "valid").map_items(features.rows)
+    training = training_part(histories, config.evaluate).map_items(features.rows)
+    validation = queries(histories, "valid", config.evaluate).map_items(features.rows)
     torch.manual_seed(config.train.seed)
     vocabulary = None
     if config.user_tower.features != "text":
@@ -127,7 +127,7 @@ def _train(
 
     def validate() -> dict[str, float]:
         ranks = rank_targets(TowerRecommender(tower, catalog), validation, features.available, config.evaluate)
-        values = per_user(ranks.above, ranks.ties, config.evaluate.ks, len(features.item_ids))
+        values = per_user(ranks.above, ranks.ties, config.evaluate.ks, len(features.item_ids), validation.offsets)
         return {name: float(value.mean()) for name, value in values.items()}
 
     groups = [{"params": list(tower.parameters())}]
@@ -183,6 +183,7 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
             snapshot=features.snapshot.id if features.snapshot else None,
             dataset=digest,
             parent=parent,
+            split=training_label(context.dataset.histories, config.evaluate),
             fingerprint=made,
             config=config.user_tower.model_dump(mode="json"),
             run_id=run.run_id,

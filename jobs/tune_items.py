@@ -25,7 +25,7 @@ from pipeline.evaluate import rank_targets
 from pipeline.files import next_created_at, record_id, write_record
 from pipeline.joint import JointStep
 from pipeline.metrics import per_user
-from pipeline.splits import PROTOCOL, Queries, queries, training_part
+from pipeline.splits import Queries, queries, training_label, training_part
 from schemas.records import ItemTower
 from user_tower.lora import add_lora, merge_lora
 from user_tower.model import Catalog, UserTower
@@ -66,8 +66,8 @@ def open_corpus(context: Context, template: TemplateConfig) -> Corpus:
         [ids[row] for row in kept],
         groups.astype(np.int64),
         dataset.available[kept],
-        training_part(dataset.histories).map_items(rows),
-        queries(dataset.histories, "valid").map_items(rows),
+        training_part(dataset.histories, context.config.evaluate).map_items(rows),
+        queries(dataset.histories, "valid", context.config.evaluate).map_items(rows),
     )
 
 
@@ -94,7 +94,7 @@ def _tune(context: Context, encoder: ItemEncoder, corpus: Corpus, checkpoints: P
 
     def figures(catalog: Catalog) -> dict[str, float]:
         ranks = rank_targets(TowerRecommender(tower, catalog), corpus.validation, corpus.available, evaluate)
-        values = per_user(ranks.above, ranks.ties, evaluate.ks, len(corpus.item_ids))
+        values = per_user(ranks.above, ranks.ties, evaluate.ks, len(corpus.item_ids), corpus.validation.offsets)
         return {name: float(value.mean()) for name, value in values.items()}
 
     def encode() -> Catalog:
@@ -177,7 +177,7 @@ def run(context: Context) -> dict[str, Any]:
             inputs=inputs,
             base=config.encoder.model,
             dataset=context.dataset.record.digest,
-            split=f"{PROTOCOL}: training part, model chosen on valid",
+            split=f"{training_label(context.dataset.histories, config.evaluate)}: training part, chosen on valid",
             run_id=run.run_id,
             steps=result.steps,
             epochs=result.epochs,

@@ -35,7 +35,7 @@ class IndexConfig(BaseModel):
     nlist: int | None = Field(default=None, ge=1)
     """Lists of an IVF; None: 4 sqrt(N), the lower end of the FAISS guidelines, and at most N / 39."""
     nprobe: int | None = Field(default=None, ge=1)
-    """Lists that a query reads; None: a hundredth of the lists, at least 8; ``bench retrieve`` measures what it finds."""
+    """Lists that a query reads; None: a hundredth of the lists, at least 8. Measure it: ``bench retrieve``."""
     pq_bytes: int | None = Field(default=None, ge=1)
     """Bytes of a product-quantised vector, a divisor of D; None: the largest that is at most D / 4."""
     hnsw_links: int = Field(default=32, ge=4)

@@ -1,4 +1,7 @@
-"""Recommenders that need no training loop: popularity and item-kNN (DESIGN 9)."""
+"""Recommenders as the evaluation sees them: popularity, item-kNN and a user tower (DESIGN 9).
+
+Shapes: B histories, N catalog items, D vector width, m items of each history.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.scores import Dense, Product, Scores, longest
 from user_tower.model import Catalog, UserTower
 from user_tower.sequences import Histories, last_events
 
@@ -15,9 +19,11 @@ KNN_EVENTS = 20
 
 
 class Recommender(Protocol):
-    """Scores a catalog for some histories: float32 [B, N], higher is better."""
+    """Scores a catalog for some histories; higher is better."""
 
-    def score(self, histories: Histories) -> Tensor: ...
+    def score(self, histories: Histories) -> Scores:
+        """Scores of B histories against N items, made as they are asked for."""
+        ...
 
 
 class Popularity:
@@ -27,9 +33,9 @@ class Popularity:
         counts = np.bincount(training.items, minlength=catalog)
         self.counts = torch.from_numpy(counts.astype(np.float32))
 
-    def score(self, histories: Histories) -> Tensor:
-        """[B, N] training counts."""
-        return self.counts.expand(len(histories), -1)
+    def score(self, histories: Histories) -> Scores:
+        """Training counts: whole numbers, equal or not."""
+        return Dense(self.counts.expand(len(histories), -1), tolerance=0.0)
 
 
 class ItemKNN:
@@ -45,14 +51,14 @@ class ItemKNN:
         ).to_sparse_csr()
         self.transposed = self.matrix.to_sparse_coo().t().to_sparse_csr()
 
-    def score(self, histories: Histories) -> Tensor:
-        """[B, N] summed cosines; float64 sums, so that equal sums tie."""
+    def score(self, histories: Histories) -> Scores:
+        """Summed cosines; float64 sums, so that equal sums tie."""
         recent = last_events(histories, KNN_EVENTS)
         wanted = torch.zeros(self.matrix.shape[1], len(histories), dtype=torch.float64)
         for row, length in enumerate(recent.lengths):
             events = torch.from_numpy(recent.items[row, :length])
             wanted[:, row].index_add_(0, events, torch.ones(int(length), dtype=torch.float64))
-        return (self.transposed @ (self.matrix @ wanted)).T.float()
+        return Dense((self.transposed @ (self.matrix @ wanted)).T.float())
 
 
 class TowerRecommender:
@@ -63,6 +69,7 @@ class TowerRecommender:
         self.catalog = catalog
         with torch.inference_mode():
             self.candidates = tower.item_vectors(catalog).float()
+            self.longest = longest(self.candidates)
 
     @torch.inference_mode()
     def queries(self, histories: Histories) -> Tensor:
@@ -76,6 +83,6 @@ class TowerRecommender:
         return torch.where(lengths[:, None] > 0, vectors, torch.zeros_like(vectors))
 
     @torch.inference_mode()
-    def score(self, histories: Histories) -> Tensor:
-        """[B, N] inner products; cosines where the tower normalises."""
-        return self.queries(histories) @ self.candidates.T
+    def score(self, histories: Histories) -> Scores:
+        """Inner products; cosines where the tower normalises."""
+        return Product(self.queries(histories), self.candidates, self.longest)

@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.catalog import SLICE_ROWS
+from pipeline.columns import as_milliseconds
 from pipeline.events import Events
 from pipeline.files import next_created_at, record_id, write_file, write_record
 from pipeline.ingest import CleanTables
 from pipeline.intake import to_arrow
 from pipeline.store import Store
 from schemas import tables
-from schemas.errors import StoreError
+from schemas.errors import ConfigError, StoreError
 from schemas.hashing import Digest
 from schemas.records import Dataset
 from user_tower.sequences import Histories
@@ -45,6 +46,18 @@ class OpenDataset:
     def available(self) -> np.ndarray:
         """[N] bool, by catalog row."""
         return self.items.column(tables.AVAILABLE).to_numpy()
+
+    def released(self, column: str) -> np.ndarray:
+        """int64 [N] milliseconds from which each item could be recommended: what the column says, or its first event
+        where that came earlier; 0 where the column says nothing. Raises ConfigError for a column that is not there.
+        """
+        if column not in self.items.column_names:
+            raise ConfigError(f"evaluate.released = {column!r}: the items have {self.items.column_names}")
+        told = as_milliseconds(pl.Series(column, self.items.column(column)), Path(column))
+        times = told.fill_null(0).to_numpy().astype(np.int64, copy=True)
+        if self.histories.times is not None:
+            np.minimum.at(times, self.histories.items, self.histories.times)
+        return times
 
 
 def data_digest(items: pl.DataFrame, events: Events) -> str:

@@ -1,29 +1,84 @@
-"""The comparison of several runs: as text for a terminal, as HTML for a browser."""
+"""The comparison of several runs: as text for a terminal, as one self-contained HTML page, also for a phone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}tr.best td{font-weight:600}small{color:#666}
-article{margin:1rem 0;padding:.2rem 1rem;border-left:3px solid #ddd}"""
+from pipeline.charts import Curve, Series, interval_chart, legend, line_chart
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:60rem;padding:0 1rem;color:#222;
+background:#fff}h1{font-size:1.4rem}h2{font-size:1.15rem;margin-top:2rem}h3{font-size:1rem;margin:.6rem 0}
+.wide{overflow-x:auto}table{border-collapse:collapse;margin:.5rem 0;font-variant-numeric:tabular-nums}
+td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff}tr.best td{font-weight:600}
+small{color:#555}article{margin:1rem 0;padding:.2rem 1rem;border-left:3px solid #ddd}
+svg{display:block;width:100%;max-width:40rem;font:10px system-ui,sans-serif}svg text{fill:#333}
+svg .grid{stroke:#ddd;fill:none}svg .line{fill:none;stroke-width:1.6}svg g path{stroke-width:1.4}
+.legend span{display:inline-block;margin-right:1rem}.legend i{display:inline-block;width:.7rem;height:.7rem;
+margin-right:.3rem;border-radius:50%}"""
+
+# heading -> how the labels of its slices begin
+FAMILIES = {
+    "By popularity of the target": "popularity decile",
+    "By length of the history": "history",
+    "Cold items": "cold",
+}
 
 
-def rows(runs: list[dict[str, Any]], metrics: list[str], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells. runs: name, metrics, ci95, and behind: mean, low and high of best minus this, paired."""
-    header = ["run", *metrics, f"{metric} 95 %", "best minus this 95 %"]
+@dataclass(frozen=True)
+class Page:
+    """What the report shows. runs: best first, each with name, metrics, ci95, slices, lists, candidates and behind;
+    figures: of the data set, name, now, and before where it was another; curves: of the trainings."""
+
+    title: str
+    candidates: str
+    metric: str
+    runs: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    figures: list[list[str]]
+    curves: list[Curve]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the runs."""
+        return [run["name"] for run in self.runs]
+
+
+def rows(runs: list[dict[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells. runs: name, metrics, ci95, lists, and behind: mean, low, high and p of best minus this."""
+    metrics, lists = list(runs[0]["metrics"]), [name for name in runs[0]["lists"] if not name.startswith("items_")]
+    header = ["run", *metrics, f"{metric} 95 %", "best minus this 95 %", "p", *lists]
     cells = []
     for run in runs:
         low, high = run["ci95"][metric]
         figures = [f"{run['metrics'][name]:.4f}" for name in metrics]
-        behind = ""
+        behind, chance = "", ""
         if run["behind"] is not None:
-            mean, least, most = run["behind"]
-            behind = f"{mean:+.4f} [{least:+.4f}, {most:+.4f}]"
-        cells.append([run["name"], *figures, f"[{low:.4f}, {high:.4f}]", behind])
+            mean, least, most, p = run["behind"]
+            behind, chance = f"{mean:+.4f} [{least:+.4f}, {most:+.4f}]", f"{p:.3f}"
+        whole = [f"{run['lists'][name]:.4g}" for name in lists]
+        cells.append([run["name"], *figures, f"[{low:.4f}, {high:.4f}]", behind, chance, *whole])
     return header, cells
+
+
+def slice_rows(runs: list[dict[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: a line for each slice that any run has, with its users, and each run's figure."""
+    labels = list(dict.fromkeys(label for run in runs for label in run["slices"]))
+    cells = []
+    for label in labels:
+        found = [run["slices"].get(label) for run in runs]
+        users = [str(part["users"]) for part in found if part is not None]
+        cells.append([label, users[0], *(_cell(part, metric) for part in found)])
+    return ["slice", "users", *(run["name"] for run in runs)], cells
+
+
+def _cell(part: dict[str, Any] | None, metric: str) -> str:
+    if part is None or part[metric] is None:
+        return "-"
+    low, high = part["ci95"]
+    return f"{part[metric]:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def as_text(header: list[str], cells: list[list[str]]) -> str:
@@ -48,22 +103,7 @@ def samples_as_text(samples: list[dict[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
-def _data_section(figures: list[list[str]]) -> str:
-    """The data set's profile as a table; figures: name, now, and before where it was another."""
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in figures)
-    head = "<tr><th>figure</th><th>now</th><th>before</th></tr>"
-    return f"<h2>Data</h2><table>{head}{lines}</table>" if figures else ""
-
-
-def as_html(
-    title: str,
-    header: list[str],
-    cells: list[list[str]],
-    samples: list[dict[str, Any]],
-    best: str,
-    figures: list[list[str]],
-) -> str:
-    """One self-contained page. figures: of the data set, see ``_data_section``."""
+def _table(header: list[str], cells: list[list[str]], best: str | None = None) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr{' class=best' if line[0] == best else ''}>"
@@ -71,14 +111,80 @@ def as_html(
         + "</tr>"
         for line in cells
     )
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+
+
+def _whole_charts(page: Page) -> str:
+    """The deciding metric of each run with its interval, and how far the others are behind the best."""
+    every = [Series(run["name"], [(run["metrics"][page.metric], *run["ci95"][page.metric])]) for run in page.runs]
+    charts = f"<h3>{escape(page.metric)}, 95 %</h3>" + interval_chart(page.metric, ["all users"], every)
+    behind = [
+        Series(run["name"], [None if run["behind"] is None else (run["behind"][0], *run["behind"][1:3])])
+        for run in page.runs
+    ]
+    difference = interval_chart("best minus this", ["best minus this"], behind)
+    return charts + (
+        f"<h3>{escape(page.names[0])} minus each, paired over users, 95 %</h3>{difference}" if difference else ""
+    )
+
+
+def _slice_charts(page: Page) -> str:
+    parts = []
+    for heading, start in FAMILIES.items():
+        labels = list(dict.fromkeys(name for run in page.runs for name in run["slices"] if name.startswith(start)))
+        series = [
+            Series(run["name"], [_point(run["slices"].get(name), page.metric) for name in labels])
+            for run in page.runs
+        ]
+        kept = [place for place in range(len(labels)) if any(run.values[place] is not None for run in series)]
+        shown = [Series(run.name, [run.values[place] for place in kept]) for run in series]
+        names = [labels[place].removeprefix("cold: ").removeprefix("popularity ") for place in kept]
+        chart = interval_chart(heading, names, shown)
+        if chart:
+            parts.append(f"<h2>{heading}</h2>{legend(page.names)}{chart}")
+    return "".join(parts)
+
+
+def _point(part: dict[str, Any] | None, metric: str) -> tuple[float, float, float] | None:
+    return None if part is None or part[metric] is None else (part[metric], *part["ci95"])
+
+
+def _curves(page: Page) -> str:
+    placed = [(page.names.index(curve.name), curve) for curve in page.curves]
+    chart = line_chart(f"{page.metric} on validation", placed)
+    return f"<h2>Training: {escape(page.metric)} on validation</h2>{legend(page.names)}{chart}" if chart else ""
+
+
+def _samples(page: Page) -> str:
     users = "".join(
         f"<article><h3>user {escape(sample['user'])}</h3><p>did: {escape(' | '.join(sample['history']))}</p>"
         f"<p>did next: {escape(str(sample['target']))}</p>"
-        f"<p>recommended by {escape(best)}: {escape(' | '.join(sample['recommended']))}</p></article>"
-        for sample in samples
+        f"<p>recommended by {escape(page.names[0])}: {escape(' | '.join(sample['recommended']))}</p></article>"
+        for sample in page.samples
     )
+    return f"<h2>Samples</h2>{users}"
+
+
+def _notes(page: Page) -> str:
+    counts = {run["candidates"] for run in page.runs}
+    notes = [f"Candidates: {page.candidates}."]
+    if len(counts) > 1:
+        each = ", ".join(f"{run['name']} {run['candidates']}" for run in page.runs)
+        notes.append(f"The runs choose among different numbers of items: {each}.")
+    notes.append("p: bootstrap test of no difference from the best, not corrected for the number of runs.")
+    return "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
+
+
+def as_html(page: Page) -> str:
+    """One self-contained page: no scripts, nothing fetched."""
+    data = _table(["figure", "now", "before"], page.figures) if page.figures else ""
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>Runs</h1><p><small>{escape(title)}</small></p><table><tr>{head}</tr>{body}</table>"
-        f"<h2>Samples</h2>{users}{_data_section(figures)}</html>\n"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        f"<title>{escape(page.title)}</title><style>{STYLE}</style>"
+        f"<h1>Runs</h1><p><small>{escape(page.title)}</small></p>"
+        f"{_table(*rows(page.runs, page.metric), page.names[0])}{_notes(page)}"
+        f"{legend(page.names)}{_whole_charts(page)}{_slice_charts(page)}"
+        f"<h2>{escape(page.metric)} by slice</h2>{_table(*slice_rows(page.runs, page.metric))}"
+        f"{_curves(page)}{_samples(page)}{'<h2>Data</h2>' + data if data else ''}</html>\n"
     )

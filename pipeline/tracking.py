@@ -126,6 +126,11 @@ class Tracker:
         runs = self._client.search_runs([self._experiment_id()], wanted, order_by=["attributes.start_time DESC"])
         return [FoundRun(run_id=r.info.run_id, name=r.info.run_name, tags=dict(r.data.tags)) for r in runs]
 
+    def curve(self, run_id: str, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a figure that a run logged, in order; empty where it did not."""
+        points = self._client.get_metric_history(run_id, name.replace("@", "_at_"))
+        return sorted((int(point.step), float(point.value)) for point in points)
+
     def read_json(self, run_id: str, name: str) -> Any:
         """A JSON artifact of a run."""
         with tempfile.TemporaryDirectory() as folder:

@@ -84,6 +84,7 @@ class UserTower(Record):
     snapshot: str | None  # trained on; a later snapshot of the same fingerprint may serve it
     parent: str | None = None  # the tower whose weights it began with
     dataset: str
+    split: str = "leave-last-out"  # whose training part it saw, see ``training_label``
     fingerprint: str
     config: dict[str, Any]
     run_id: str

@@ -37,7 +37,7 @@ def test_every_recommender_solves_the_board(workspace, embed_here):
     compared = workspace.run("compare-runs")
     assert [run["name"] for run in compared["runs"]][-1] == "popularity"
     assert compared["runs"][-1]["behind"][0] == pytest.approx(1.0 - popularity["metrics"]["recall@10"])
-    page = (workspace.store / "reports" / "board-test.html").read_text()
+    page = (workspace.store / "reports" / "board-leave-last-out-test.html").read_text()
     assert "popularity" in page
     assert "The red" in page
     for name, user in (("tuned-cache", "u0"), ("tuned-cache", "u1"), ("sasrec-id", "u0")):

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import bootstrap, ndcg_at, paired_difference, per_user, recall_at, reciprocal_rank
+from pipeline import metrics
+from pipeline.metrics import (
+    bootstrap,
+    bootstrap_means,
+    intervals,
+    ndcg_at,
+    paired_difference,
+    per_user,
+    recall_at,
+    reciprocal_rank,
+)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -52,6 +62,26 @@ def test_per_user_names_every_metric():
     assert values["recall@5"].tolist() == [1, 0]
 
 
+def test_several_targets_share_recall_and_the_ideal_gain():
+    offsets = ints(0, 2, 3, 3)
+    values = per_user(ints(0, 4, -1), ints(0, 0, 0), (2, 5), 10, offsets)
+    assert values["recall@2"][:2].tolist() == [1 / 2, 0]
+    assert values["recall@5"][:2].tolist() == [1, 0]
+    ideal = 1 / log2(2) + 1 / log2(3)
+    assert values["ndcg@5"][0] == pytest.approx((1 / log2(2) + 1 / log2(6)) / ideal)
+    assert values["mrr"][:2].tolist() == [1, 0]
+    assert all(np.isnan(value[2]) for value in values.values())  # nothing was asked of the third user
+
+
+def test_one_target_each_is_the_same_with_and_without_offsets():
+    rng = np.random.default_rng(0)
+    above, ties = rng.integers(-1, 20, 50), rng.integers(0, 4, 50)
+    plain, general = per_user(above, ties, (1, 10), 24), per_user(above, ties, (1, 10), 24, np.arange(51))
+    assert plain.keys() == general.keys()
+    for name, value in plain.items():
+        assert general[name] == pytest.approx(value), name
+
+
 def test_bootstrap_covers_the_mean_and_narrows_with_users():
     rng = np.random.default_rng(0)
     few, many = (bootstrap((rng.random(n) < 0.2).astype(float)) for n in (50, 5000))
@@ -63,6 +93,46 @@ def test_bootstrap_covers_the_mean_and_narrows_with_users():
     assert bootstrap(np.zeros(0)) == (0.0, 0.0, 0.0)
 
 
+def test_figures_that_some_users_lack_are_resampled_over_the_others():
+    rng = np.random.default_rng(1)
+    whole = rng.random(400)
+    part = np.where(np.arange(400) < 100, whole, np.nan)
+    both = intervals(np.stack([whole, part, np.full(400, np.nan)], axis=1))
+    assert both[0] == pytest.approx(bootstrap(whole))
+    assert both[1].mean == pytest.approx(whole[:100].mean())
+    alone = bootstrap(whole[:100])
+    assert both[1].high - both[1].low == pytest.approx(alone.high - alone.low, rel=0.2)
+    assert np.isnan(both[2].mean)
+    assert intervals(np.zeros((0, 1)))[0].mean is np.nan
+
+
+def test_resampled_means_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    values = np.random.default_rng(0).random((30, 2))
+    many = bootstrap_means(values, 40)
+    monkeypatch.setattr(metrics, "_DRAWS", 60)  # two resamples at a time
+    assert bootstrap_means(values, 40) == pytest.approx(many)
+
+
 def test_paired_difference_uses_the_same_users():
     first = np.random.default_rng(0).random(200)
-    assert paired_difference(first + 0.25, first) == pytest.approx((0.25, 0.25, 0.25))
+    assert paired_difference(first + 0.25, first) == pytest.approx((0.25, 0.25, 0.25, 1 / 1001))
+    assert paired_difference(first, first) == (0.0, 0.0, 0.0, 1.0)
+    assert paired_difference(np.zeros(0), np.zeros(0)) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_intervals_hold_the_truth_and_the_paired_test_seldom_alarms():
+    """1,000 simulated comparisons of two runs whose users gain alike: how often each statement is wrong."""
+    truth, users, trials = 0.3, 300, 1000
+    rng = np.random.default_rng(7)
+    held = alarms = found = 0
+    for trial in range(trials):
+        easy = rng.random(users) < 0.5  # both runs do well on the same users
+        chance = np.where(easy, 0.5, 0.1)
+        first, second = ((rng.random(users) < chance).astype(float) for _ in range(2))
+        interval = bootstrap(first, 400, seed=trial)
+        held += interval.low <= truth <= interval.high
+        alarms += paired_difference(first, second, 400, seed=trial).p < 0.05
+        found += paired_difference(first + 0.1, second, 400, seed=trial).p < 0.05
+    assert 0.93 <= held / trials <= 0.97
+    assert 0.03 <= alarms / trials <= 0.07
+    assert found / trials > 0.7  # what is there is seen
