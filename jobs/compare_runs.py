@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.context import Context
@@ -58,8 +59,8 @@ def user_offsets(users: list[str]) -> IntArray:
     return np.array([*starts, len(users)], dtype=np.int64)
 
 
-def user_values(context: Context, run_id: str, metric: str) -> tuple[list[str], FloatArray]:
-    """Users and their values of one metric, from the ranks that the run stored."""
+def user_values(context: Context, run_id: str, metric: str) -> tuple[pa.Table, FloatArray]:
+    """User and item of every target, and the users' values of one metric, from the ranks that the run stored."""
     ranks = context.tracker.read_table(run_id, "ranks.parquet")
     above: NDArray[np.int64] = ranks.column(tables.ABOVE).to_numpy()
     ties: NDArray[np.int64] = ranks.column(tables.TIES).to_numpy()
@@ -67,7 +68,7 @@ def user_values(context: Context, run_id: str, metric: str) -> tuple[list[str], 
     offsets = user_offsets(users)
     catalog = len(context.dataset.item_ids)
     values = per_user(above, ties, context.config.evaluate.ks, catalog, offsets)
-    return [users[start] for start in offsets[:-1]], values[metric]
+    return ranks.select([tables.USER_ID, tables.TARGET]), values[metric]
 
 
 def require_comparable(results: list[dict[str, Any]]) -> None:
@@ -84,12 +85,16 @@ def require_comparable(results: list[dict[str, Any]]) -> None:
 
 def _against_best(context: Context, found: list[FoundRun], metric: str) -> list[list[float] | None]:
     """Best minus each run (the best comes first): mean, low, high, p; None for the best itself."""
-    users, best_values = user_values(context, found[0].run_id, metric)
+    asked, best_values = user_values(context, found[0].run_id, metric)
     behind: list[list[float] | None] = [None]
     for run in found[1:]:
         others, values = user_values(context, run.run_id, metric)
-        if others != users:
-            raise StoreError(f"runs {run.run_id} and {found[0].run_id} asked different users")
+        if not others.equals(asked):
+            raise StoreError(
+                f"runs {run.run_id} ({run.name}) and {found[0].run_id} ({found[0].name}) do not answer the same "
+                f"questions ({others.num_rows} and {asked.num_rows} targets); they cannot be ranked in one table. "
+                f"Where evaluate.trained_targets left some out, evaluate the others on a protocol that none has seen"
+            )
         behind.append(list(paired_difference(best_values, values, context.config.evaluate.bootstrap)))
     return behind
 
@@ -123,7 +128,9 @@ def run(context: Context, split: Split = "test") -> dict[str, Any]:
     found, results = [unordered[place] for place in order], [read[place] for place in order]
     runs = []
     for result, behind in zip(results, _against_best(context, found, metric), strict=True):
-        kept = {key: result[key] for key in ("name", "run_id", "users", "metrics", "ci95", "slices", "lists")}
+        kept = {
+            key: result[key] for key in ("name", "run_id", "users", "metrics", "ci95", "slices", "lists", "cutoff")
+        }
         runs.append({**kept, "behind": behind, "candidates": result["counts"]["candidates"]})
     best, data = found[0], context.dataset.record
     samples = context.tracker.read_json(best.run_id, "samples.json")
@@ -135,6 +142,9 @@ def run(context: Context, split: Split = "test") -> dict[str, Any]:
     header, cells = rows(runs, metric)
     others = left_out(context, split, {run.name for run in found})
     print(f"{title}\n\n{as_text(header, cells)}\n\n{best.name} recommends:\n\n{samples_as_text(samples)}\n")
+    unknown = ", ".join(each["name"] for each in runs if each["cutoff"] == "unknown")
+    if unknown:
+        print(f"what the Item LLM had seen before is not known, its weights are from elsewhere: {unknown}")
     if others:
         names = ", ".join(other["name"] for other in others)
         print(f"not in the table, for other data, another protocol or an older version: {names}")

@@ -140,6 +140,20 @@ class Context:
             found = fingerprint(ItemEncoder.load(folder), output_dtype)
         return TowerInForce(found, settings, template, record.dim, record)
 
+    def item_towers(self, snapshot: Snapshot) -> list[ItemTower]:
+        """The tuned towers whose vectors a snapshot holds, oldest first; none for an untuned model.
+
+        One that was published for another output dtype has another fingerprint there: its weights are read.
+        """
+        found = []
+        for record in self.store.all(ItemTower):
+            own = record.fingerprint
+            if record.output_dtype != snapshot.dtype:
+                own = fingerprint(ItemEncoder.load(self.store.folder(record)), snapshot.dtype)
+            if own == snapshot.fingerprint:
+                found.append(record)
+        return found
+
     def snapshot(self, fingerprint: str, reader: str, snapshot_id: str | None) -> Snapshot:
         """The named snapshot, or the newest one of that item tower.
 

@@ -16,13 +16,14 @@ from jobs.context import Context, inputs_hash
 from jobs.train_user import catalog_rows
 from pipeline.baselines import ItemKNN, Popularity, Recommender, TowerRecommender
 from pipeline.cache import read_items
+from pipeline.cutoff import seen_targets
 from pipeline.dataset import OpenDataset, open_dataset
 from pipeline.evaluate import EvaluateConfig, Pool, Ranks, rank_users, top_items
 from pipeline.metrics import FloatArray, IntArray, Interval, intervals, per_user
 from pipeline.slices import list_figures, profile_popularity, slice_values, target_slices
 from pipeline.splits import Queries, Split, protocol_label, queries, training_label, training_part, with_negatives
 from schemas import tables
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, DataError
 from schemas.records import Dataset, ItemTower, Snapshot, UserTower
 from user_tower.sequences import Histories
 
@@ -30,7 +31,7 @@ BASELINES: dict[str, Callable[[Histories, int], Recommender]] = {"popularity": P
 SAMPLE_USERS = 3
 SAMPLE_ITEMS = 5
 LIST = 10  # items of each user's list behind coverage and popularity bias
-RESULT_FORMAT = "2"  # of result.json; a result of another format is not reused
+RESULT_FORMAT = "3"  # of result.json; a result of another format is not reused
 TODAY = "every available item of the catalog: when each appeared is not known, so old targets meet newer items"
 
 
@@ -44,6 +45,7 @@ class Subject:
     identity: str
     tags: dict[str, str]
     snapshot: Snapshot | None = None
+    user_tower: UserTower | None = None
 
 
 def protocol(context: Context) -> str:
@@ -87,14 +89,43 @@ def open_subject(context: Context, snapshot_id: str | None) -> Subject:
         json.dumps([serving.record.fingerprint, serving.snapshot.content_digest if serving.snapshot else None]),
         tags,
         serving.snapshot,
+        serving.record,
     )
+
+
+def _trained_targets(context: Context, subject: Subject, asked: Queries) -> tuple[str | None, NDArray[np.bool_]]:
+    """What is known of the events that the towers were trained on, and [P] the targets among these (DESIGN 7).
+
+    "recorded", "unknown" where weights come from elsewhere, None without towers. Raises DataError as configured.
+    """
+    seen = np.zeros(len(asked.targets), dtype=bool)
+    towers: list[ItemTower | UserTower] = [subject.user_tower] if subject.user_tower else []
+    if subject.snapshot is not None:
+        towers += context.item_towers(subject.snapshot)
+    if not towers:
+        return None, seen
+    dataset = context.dataset
+    for tower in towers:
+        if tower.cutoff == "unknown":
+            continue
+        found = seen_targets(context.store.folder(tower), asked, dataset.histories, dataset.item_ids)
+        if found.any() and context.config.evaluate.trained_targets == "refuse":
+            raise DataError(
+                f"{type(tower).__name__} {tower.id} was trained on {int(found.sum())} of {len(found)} targets of "
+                f"this evaluation, the first is of user {asked.histories.users[asked.owners[found][0]]!r}: their "
+                f"figure would say nothing. Train it on the training part of this protocol and data, or set "
+                f"evaluate.trained_targets = leave-out"
+            )
+        seen |= found
+    untuned = subject.snapshot is not None and len(towers) == 1
+    return "unknown" if untuned or any(tower.cutoff == "unknown" for tower in towers) else "recorded", seen
 
 
 def _tuned_items(context: Context, snapshot: Snapshot | None) -> NDArray[np.bool_] | None:
     """[N] the data set's items that the Item LLM was tuned with; None for an untuned one, or where that is lost."""
     if snapshot is None:
         return None
-    towers = context.store.all(ItemTower, fingerprint=snapshot.fingerprint)
+    towers = context.item_towers(snapshot)
     if not towers:
         return None
     found = context.store.all(Dataset, digest=towers[-1].dataset)
@@ -236,26 +267,36 @@ def _lists(asked: Queries, ranks: Ranks, pool: Pool, counts: IntArray, rows: Int
 
 @dataclass(frozen=True)
 class Work:
-    """asked: the questions in the data set's rows; questions: in the subject's; rows: [N] from these to those."""
+    """asked: the questions in the data set's rows; questions: in the subject's; rows: [N] from these to those.
+
+    cutoff: see ``_trained_targets``; left_out: targets that the towers were trained on.
+    """
 
     subject: Subject
     asked: Queries
     questions: Queries
     rows: IntArray
     pool: Pool
+    cutoff: str | None
+    left_out: int
 
 
 def prepare(context: Context, split: Split, subject: Subject) -> Work:
     """The questions of the protocol. Raises DataError, ConfigError."""
     config, dataset = context.config.evaluate, context.dataset
     asked = queries(dataset.histories, split, config)
+    cutoff, trained = _trained_targets(context, subject, asked)
+    if trained.all():
+        raise DataError(f"the towers were trained on all {len(trained)} targets of this evaluation; nothing is left")
     if config.protocol == "sampled":
         asked = with_negatives(asked, dataset.available, config)
+    asked = asked.without(trained) if trained.any() else asked
     rows = catalog_rows(dataset.item_ids, subject.item_ids)
     released = None
     if config.released is not None:
         released = _mapped(dataset.released(config.released), rows, len(subject.item_ids))
-    return Work(subject, asked, asked.map_items(rows), rows, Pool(subject.available, released))
+    pool = Pool(subject.available, released)
+    return Work(subject, asked, asked.map_items(rows), rows, pool, cutoff, int(trained.sum()))
 
 
 def measure(context: Context, work: Work) -> tuple[Ranks, dict[str, Any]]:
@@ -304,6 +345,8 @@ def run(context: Context, split: Split = "test", snapshot: str | None = None) ->
             "split": split,
             "data": {"name": record.name, "digest": record.digest, "users": record.users,
                      "interactions": record.interactions},
+            "cutoff": work.cutoff,
+            "trained_targets": work.left_out,
             "users": measured["counts"]["users"],
             "skipped_events": measured["counts"]["skipped_events"],
             **measured,

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from item_tower.encoder import default_device
 from jobs.context import Context, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import open_snapshot
+from pipeline.cutoff import write_cutoff
 from pipeline.evaluate import rank_targets
 from pipeline.files import next_created_at, record_id, write_record
 from pipeline.metrics import per_user
@@ -62,13 +63,27 @@ def catalog_rows(from_ids: list[str], to_ids: list[str]) -> NDArray[np.int64]:
     return np.array([places.get(item_id, -1) for item_id in from_ids], dtype=np.int64)
 
 
-def find_parent(context: Context, features: Features) -> tuple[str, UserTowerModel] | None:
-    """The tower that ``train.warm_start`` names, and what to call it; None where there is none that fits.
+class Parent(NamedTuple):
+    """The tower that training begins with. label: what to call it; folder: where its cut-off table lies, None where
+    it has none."""
+
+    label: str
+    tower: UserTowerModel
+    folder: Path | None
+
+
+def find_parent(context: Context, features: Features) -> Parent | None:
+    """The tower that ``train.warm_start`` names; None where there is none that fits.
 
     ``newest``: the newest user tower of this name, item tower and shape, else the one that stage I trained beside
     the Item LLM. Raises NotFoundError, ConfigError, FingerprintMismatchError for an id that does not fit.
     """
     config, store = context.config, context.store
+
+    def opened(record: UserTower) -> Parent:
+        folder = store.folder(record)
+        return Parent(record.id, UserTowerModel.load(folder), folder if record.cutoff == "recorded" else None)
+
     use = config.train.warm_start
     if use is None:
         return None
@@ -80,22 +95,24 @@ def find_parent(context: Context, features: Features) -> tuple[str, UserTowerMod
                 f"train.warm_start = {use!r} reads item tower {record.item_fingerprint}, this training reads "
                 f"{fingerprint}; name a user tower of that item tower, or newest"
             )
-        tower = UserTowerModel.load(store.folder(record))
-        if tower.config != config.user_tower:
+        parent = opened(record)
+        if parent.tower.config != config.user_tower:
             raise ConfigError(
-                f"train.warm_start = {use!r} has another shape than [user_tower] asks for: {tower.config}; "
+                f"train.warm_start = {use!r} has another shape than [user_tower] asks for: {parent.tower.config}; "
                 f"train from the beginning, or set user_tower as there"
             )
-        return use, tower
+        return parent
     shape = config.user_tower.model_dump(mode="json")
     for record in reversed(store.all(UserTower, name=config.name, item_fingerprint=fingerprint)):
         if record.config == shape:
-            return record.id, UserTowerModel.load(store.folder(record))
+            return opened(record)
     tuned = store.newest(ItemTower, fingerprint=fingerprint) if fingerprint else None
     if tuned is not None:
-        tower = UserTowerModel.load(store.folder(tuned) / "user_tower")
+        folder = store.folder(tuned)
+        tower = UserTowerModel.load(folder / "user_tower")
         if tower.config == config.user_tower:
-            return f"stage I of item tower {tuned.id}", tower
+            known = folder if tuned.cutoff == "recorded" else None
+            return Parent(f"stage I of item tower {tuned.id}", tower, known)
     return None
 
 
@@ -161,13 +178,14 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     if earlier and earlier[-1].inputs == inputs:
         return _report(earlier[-1], reused=True)
     checkpoints = store.root / "checkpoints" / inputs
-    parent, tower = find_parent(context, features) or (None, None)
+    parent = find_parent(context, features)
+    start = parent.tower if parent else None
     if not is_main_process():
-        _train(context, features, tower, checkpoints)
+        _train(context, features, start, checkpoints)
         return {}
     sections = context.settings("name", "user_tower", "train", "data", "evaluate", "item_tower")
     with context.tracker.run("train-user", config.name, sections, {"dataset": digest, "inputs": inputs}) as run:
-        tower, result = _train(context, features, tower, checkpoints)
+        tower, result = _train(context, features, start, checkpoints)
         for point in result.curve:
             run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
         run.metrics({"positions_per_second": result.positions_per_second}, result.steps)
@@ -182,8 +200,9 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
             item_fingerprint=features.snapshot.fingerprint if features.snapshot else None,
             snapshot=features.snapshot.id if features.snapshot else None,
             dataset=digest,
-            parent=parent,
+            parent=parent.label if parent else None,
             split=training_label(context.dataset.histories, config.evaluate),
+            cutoff="unknown" if parent and parent.folder is None else "recorded",
             fingerprint=made,
             config=config.user_tower.model_dump(mode="json"),
             run_id=run.run_id,
@@ -193,6 +212,8 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
         )
         with store.new(UserTower, record.id) as folder:
             tower.save(folder)
+            training = training_part(context.dataset.histories, config.evaluate).map_items(features.rows)
+            write_cutoff(folder, training, features.item_ids, parent.folder if parent else None)
             write_record(folder, record)
         tags = {"user_tower": record.id, "user_fingerprint": made, "snapshot": str(record.snapshot)}
         run.tags({**tags, "fingerprint": str(record.item_fingerprint), "code": context.code})

@@ -178,6 +178,7 @@ def run(context: Context) -> dict[str, Any]:
             base=config.encoder.model,
             dataset=context.dataset.record.digest,
             split=f"{training_label(context.dataset.histories, config.evaluate)}: training part, chosen on valid",
+            cutoff="recorded",
             run_id=run.run_id,
             steps=result.steps,
             epochs=result.epochs,

@@ -1,4 +1,4 @@
-"""What the Item LLM was tuned on, by user, so that nothing it has seen is ever a test question (DESIGN 7)."""
+"""What a tower was trained on, by user, so that nothing it has seen is ever a test question (DESIGN 7)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from pipeline.splits import Queries
 from schemas import tables
 from schemas.errors import StoreError
 from user_tower.sequences import Histories, IntArray
@@ -15,8 +17,9 @@ from user_tower.sequences import Histories, IntArray
 _FILE = "cutoff.parquet"
 
 
-def write_cutoff(folder: Path, training: Histories, item_ids: list[str]) -> None:
-    """Write each user's last event that a tuning saw. training: with times; item_ids: of its catalog rows."""
+def write_cutoff(folder: Path, training: Histories, item_ids: list[str], parent: Path | None = None) -> None:
+    """Write each user's last event that a training saw. training: with times; item_ids: of its catalog rows; parent:
+    the folder of the tower that it began with, whose events count as seen too. Raises StoreError."""
     assert training.times is not None
     some = np.flatnonzero(training.lengths > 0)
     last = training.offsets[1:][some] - 1
@@ -25,25 +28,38 @@ def write_cutoff(folder: Path, training: Histories, item_ids: list[str]) -> None
         training.times[last],
         [item_ids[row] for row in training.items[last]],
     ]
-    pq.write_table(pa.table(columns, schema=tables.CUTOFF), folder / _FILE)
+    table = pa.table(columns, schema=tables.CUTOFF)
+    if parent is not None:  # of each user the later one of the two
+        both = pa.concat_tables([table, _read(parent)])
+        users, times = both.column(tables.USER_ID).to_pylist(), both.column(tables.TIMESTAMP).to_pylist()
+        latest: dict[str, int] = {}
+        for place, user in enumerate(users):
+            if user not in latest or times[place] > times[latest[user]]:
+                latest[user] = place
+        table = both.take(list(latest.values()))
+    pq.write_table(table, folder / _FILE)
+
+
+def _read(folder: Path) -> pa.Table:
+    try:
+        return pq.read_table(folder / _FILE, schema=tables.CUTOFF)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{folder / _FILE} cannot be read: {error}; train that tower again") from error
 
 
 def seen_events(folder: Path, histories: Histories, item_ids: list[str]) -> IntArray:
-    """[U] how many of each user's events the tower in this folder was tuned on: up to the one in its table.
+    """[U] how many of each user's events the tower in this folder was trained on: up to the one in its table.
 
     An event is found again by its time and item, wherever later deliveries have moved it; where it is gone, all
     events up to its time count. Raises StoreError when the table is missing or damaged.
     """
-    try:
-        table = pq.read_table(folder / _FILE, schema=tables.CUTOFF)
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{folder / _FILE} cannot be read: {error}; run tune-items again") from error
+    table = _read(folder)
     assert histories.times is not None
     users = {user: number for number, user in enumerate(histories.users)}
     rows = {item: row for row, item in enumerate(item_ids)}
     found = np.array([users.get(user, -1) for user in table.column(tables.USER_ID).to_pylist()], dtype=np.int64)
     known = found >= 0
-    # no event has a time this early: users that the tuning did not see
+    # no event has a time this early: users that the training did not see
     times = np.full(len(histories), np.iinfo(np.int64).min)
     items = np.full(len(histories), -1, dtype=np.int64)
     times[found[known]] = table.column(tables.TIMESTAMP).to_numpy()[known]
@@ -55,3 +71,13 @@ def seen_events(folder: Path, histories: Histories, item_ids: list[str]) -> IntA
     np.maximum.at(exact, owners[same], (np.arange(len(owners)) - histories.offsets[:-1][owners] + 1)[same])
     until = np.bincount(owners[histories.times <= times[owners]], minlength=len(histories))
     return np.where(exact > 0, exact, until)
+
+
+def seen_targets(folder: Path, questions: Queries, histories: Histories, item_ids: list[str]) -> NDArray[np.bool_]:
+    """[P] the targets that the tower in this folder was trained on. histories: all events that the questions were
+    made of, in rows of item_ids. Raises StoreError."""
+    assert questions.numbers is not None
+    seen = dict(zip(histories.users, seen_events(folder, histories, item_ids).tolist(), strict=True))
+    until = np.array([seen[user] for user in questions.histories.users], dtype=np.int64)
+    found: NDArray[np.bool_] = questions.numbers < until[questions.owners]
+    return found

@@ -9,7 +9,7 @@ Shapes: B users of a chunk, N catalog items, C columns of a tile, U users, P tar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class EvaluateConfig(SplitConfig):
     """Users scored at once."""
     bootstrap: int = Field(default=1000, gt=0)
     """Resamples of the users behind each interval."""
+    trained_targets: Literal["refuse", "leave-out"] = "refuse"
+    """What happens to targets that the Item LLM or the user tower was trained on: an error, or they are left out and
+    counted; the other runs of a table must then leave the same ones out."""
 
     @model_validator(mode="after")
     def _metric_is_measured(self) -> EvaluateConfig:

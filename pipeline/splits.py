@@ -61,7 +61,8 @@ class Queries:
     histories: U; targets: [P] catalog rows, -1 for one that the catalog lacks; offsets: [U + 1], the targets of user
     u are targets[offsets[u]:offsets[u + 1]], distinct, or None where each user has one; times: [P] milliseconds of
     the targets, or None where they are not known; negatives: [U, n] rows that the one target of each user stands
-    against (-1: none), or None where the whole catalog does.
+    against (-1: none), or None where the whole catalog does; numbers: [P] which of its user's events each target is,
+    from 0, or None where they are none.
     """
 
     histories: Histories
@@ -69,6 +70,7 @@ class Queries:
     offsets: IntArray | None = None
     times: IntArray | None = None
     negatives: IntArray | None = None
+    numbers: IntArray | None = None
 
     @property
     def bounds(self) -> IntArray:
@@ -88,16 +90,32 @@ class Queries:
 
     def select(self, users: IntArray) -> Queries:
         """The questions of some users, in the order given."""
-        histories = self.histories.select(users)
-        negatives = None if self.negatives is None else self.negatives[users]
-        if self.offsets is None:
-            times = None if self.times is None else self.times[users]
-            return Queries(histories, self.targets[users], None, times, negatives)
-        counts = np.diff(self.offsets)[users]
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][users] - offsets[:-1], counts)
-        times = None if self.times is None else self.times[places]
-        return Queries(histories, self.targets[places], offsets, times, negatives)
+        places = self.places(users)
+        offsets = None
+        if self.offsets is not None:
+            offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[users])]).astype(np.int64)
+        return Queries(
+            self.histories.select(users),
+            self.targets[places],
+            offsets,
+            None if self.times is None else self.times[places],
+            None if self.negatives is None else self.negatives[users],
+            None if self.numbers is None else self.numbers[places],
+        )
+
+    def without(self, gone: NDArray[np.bool_]) -> Queries:
+        """The questions without some targets [P]; a user with none left is not asked."""
+        kept = np.bincount(self.owners[~gone], minlength=len(self.histories))
+        offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+        rest = replace(
+            self,
+            targets=self.targets[~gone],
+            offsets=offsets,
+            times=None if self.times is None else self.times[~gone],
+            numbers=None if self.numbers is None else self.numbers[~gone],
+        )
+        rest = rest.select(np.flatnonzero(kept))
+        return replace(rest, offsets=None) if self.offsets is None else rest
 
     def places(self, users: IntArray) -> IntArray:
         """Where the targets of ``select(users)`` stand among these."""
@@ -199,7 +217,7 @@ def queries(histories: Histories, split: Split, config: SplitConfig) -> Queries:
     ends = chosen.lengths - (2 if split == "valid" else 1)
     places = chosen.offsets[:-1] + ends
     times = None if chosen.times is None else chosen.times[places]
-    return Queries(chosen.cut(ends), chosen.items[places], times=times)
+    return Queries(chosen.cut(ends), chosen.items[places], times=times, numbers=ends)
 
 
 def _temporal(histories: Histories, split: Split, config: SplitConfig) -> Queries:
@@ -216,7 +234,8 @@ def _temporal(histories: Histories, split: Split, config: SplitConfig) -> Querie
     users, counts = np.unique(owners[places], return_counts=True)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     asked = histories.cut(_before(histories, start)).select(users)
-    return Queries(asked, histories.items[places], offsets, times[places])
+    numbers = places - histories.offsets[:-1][owners[places]]
+    return Queries(asked, histories.items[places], offsets, times[places], numbers=numbers)
 
 
 def with_negatives(questions: Queries, available: NDArray[np.bool_], config: SplitConfig) -> Queries:

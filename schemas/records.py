@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 STORE_FORMAT = 2
+Cutoff = Literal["recorded", "unknown"]  # whether the last event of each user that a tower saw lies beside it
 
 
 class Record(BaseModel):
@@ -45,6 +46,7 @@ class ItemTower(Record):
     base: str  # the model that it was tuned from
     dataset: str  # digest of the data that it was tuned on
     split: str  # what of that data it saw
+    cutoff: Cutoff = "unknown"
     run_id: str
     steps: int
     epochs: int
@@ -85,6 +87,7 @@ class UserTower(Record):
     parent: str | None = None  # the tower whose weights it began with
     dataset: str
     split: str = "leave-last-out"  # whose training part it saw, see ``training_label``
+    cutoff: Cutoff = "unknown"
     fingerprint: str
     config: dict[str, Any]
     run_id: str

@@ -151,6 +151,46 @@ def test_items_that_stage_one_saw_are_told_from_those_that_it_did_not(workspace,
     assert workspace.run("evaluate")["slices"]["cold: not in item tuning"]["users"] == 1
 
 
+def test_a_target_that_the_item_llm_was_tuned_on_is_refused_or_left_out(workspace, embed_here):
+    """Tuned on ten events of each user; asked, under another protocol, about the last six: four were seen."""
+    times_of_all_users_alike(workspace)
+    workspace.run("prepare-data")
+    workspace.run("tune-items", "--set", "tune.train.max_steps=1", "--set", "tune.warmup_epochs=0")
+    workspace.run("embed-items")
+    start = "2020-09-13T{:02d}:26:00"  # the first event is at 13:26:40
+    temporal = ["--protocol", "temporal"]
+    times = {"valid_from": start.format(18), "test_from": start.format(19)}
+    temporal += [word for key, time in times.items() for word in ("--set", f"evaluate.{key}={time}")]
+    workspace.run("train-user", *temporal, "--set", "train.epochs=1")
+    error = workspace.fails("evaluate", *temporal)
+    assert error["kind"] == "Data"
+    assert re.search(r"ItemTower \S+ was trained on 240 of 360 targets of this evaluation", error["error"])
+    left = workspace.run("evaluate", *temporal, "--set", "evaluate.trained_targets=leave-out")
+    assert (left["cutoff"], left["trained_targets"], left["counts"]["targets"]) == ("recorded", 240, 120)
+    base = ("--name", "frozen-cache")
+    workspace.run("embed-items", *base)
+    workspace.run("train-user", *base, *temporal, "--set", "train.epochs=1")
+    untuned = workspace.run("evaluate", *base, *temporal)
+    assert (untuned["cutoff"], untuned["trained_targets"]) == ("unknown", 0)
+    assert workspace.run("evaluate", "--name", "popularity", *temporal)["cutoff"] is None
+    # not the same targets: never in one table
+    error = workspace.fails("compare-runs", *temporal)
+    assert error["kind"] == "Store"
+    assert re.search(r"do not answer the same questions \((120 and 360|360 and 120) targets\)", error["error"])
+
+
+def test_a_user_tower_that_saw_the_targets_is_refused(workspace, embed_here):
+    """Trained on all of today's data but the last two; yesterday's data ends earlier, its targets were seen."""
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *BASE)
+    workspace.run("train-user", *BASE, "--set", "train.epochs=1")
+    events = pl.read_csv(workspace.data("events")).sort("user_id", "timestamp")
+    events.filter(pl.int_range(pl.len()).over("user_id") < 9).write_csv(workspace.data("events"))
+    workspace.run("prepare-data")
+    error = workspace.fails("evaluate", *BASE)
+    assert re.search(r"UserTower \S+ was trained on 60 of 60 targets", error["error"])
+
+
 def test_sampled_is_labelled_and_never_in_a_table_with_the_full_catalog(workspace):
     workspace.run("prepare-data")
     sampled = ("--protocol", "sampled", "--negatives", "5", "--set", "evaluate.metric=recall@5")

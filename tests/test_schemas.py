@@ -59,7 +59,7 @@ def test_records_are_frozen_and_refuse_unknown_keys():
     record = Index(**values)
     assert record.model_dump_json() == (
         '{"id":"a","created_at":1,"store_format":2,"kind":"flat","snapshot":null,"item_fingerprint":null,'
-        '"user_tower":null,"vectors":1,"dim":2,"bytes":3,"checksum":"c"}'
+        '"user_tower":null,"vectors":1,"dim":2,"bytes":3,"checksum":"c","inputs":""}'
     )
     with pytest.raises(ValidationError):
         Index(**values, newer=1)
