@@ -393,17 +393,3 @@ def test_folders_of_daily_files_each_content_once(put, tmp_path):
     clean = run(tmp_path / "catalog", tmp_path / "log", reject_share=0.0)
     assert clean.items.rows() == [("a", "new", True, "red"), ("b", "B", True, None), ("c", "C", True, "blue")]
     assert clean.filtered["older item rows"] == 1  # the later file counts
-
-
-def test_swapped_columns_and_ids_spelled_otherwise_are_named(put):
-    items = put("i.csv", b"item_id,title\n7,A\n8,B\n")
-    numbers = b"user_id,timestamp,item_id\n1,7,1600000000\n2,8,1600000001\n"
-    with pytest.raises(DataError, match=r"column 'item_id' holds what look like times.*are two columns swapped"):
-        run(items, put("e.csv", numbers))
-    swapped = b"timestamp,user_id,item_id\nu,1600000000,7\nv,1600000001,8\n"
-    with pytest.raises(DataError, match="2 of 2 rows rejected"):
-        run(items, put("e.csv", swapped), reject_share=0.01)
-    for spelled in ("007", "7.0"):
-        events = f"user_id,item_id,timestamp\nu,{spelled},5\nu,8,6\n".encode()
-        with pytest.raises(DataError, match=rf"1 interactions have items such as '{spelled}', spelled otherwise"):
-            run(items, put("e.csv", events), reject_share=0.01)
