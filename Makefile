@@ -12,7 +12,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        bench-seeds bench-grid bench-embed bench-cache bench-ingest bench-retrieve test test-all lint types
+        paper-table bench-seeds bench-grid bench-embed bench-cache bench-ingest bench-retrieve test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ compare-runs: $(STAMP) ## one table of all evaluated runs
 
 recommend: $(STAMP) ## recommend (ARGS="--user ID" or "--items id,id")
 	@$(call RUN,recommend)
+
+paper-table: $(STAMP) ## DATA=FOLDER: the paper's comparison on it, resumable; hours (ARGS="--budget-minutes 10")
+	@$(HLLM) paper-table --config paper-table.toml $(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench-seeds: $(STAMP) ## the demo's runs over three seeds, paired difference tuned - frozen
 	@$(HLLM) bench seeds --config $(CONFIG) $(ARGS)

@@ -26,6 +26,7 @@ COMMANDS = {
     "recommend": ("items for a user, or after a list of items", True, False),
     "snapshots": ("list snapshots, show one, or clean up what is past retention", True, False),
     "export-items": ("the vectors of a snapshot as a plain Parquet file of float32 lists", True, False),
+    "paper-table": ("the paper's comparison on one data set, a resumable command", False, False),
     "demo": ("every step above on the data of the configuration", False, False),
     "bench": ("a measurement by name", False, False),
 }
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command, help=summary, description=summary)
         sub.add_argument("--config", metavar="TOML", help="a file, or the name of a shipped one (demo.toml)")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
-        if command not in ("demo", "bench"):
+        if command not in ("demo", "bench", "paper-table"):
             sub.add_argument("--name", help="run name: a user tower's, popularity or item-knn")
         if snapshot:
             sub.add_argument("--snapshot", help="snapshot id; by default the newest that fits")
@@ -64,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--items", help="item ids, oldest first, with commas between")
     recommend.add_argument("--k", type=int, default=10, help="how many items")
     recommend.add_argument("--blocklist", metavar="FILE", help="item ids that are not recommended, one a line")
+    table = commands.choices["paper-table"]
+    table.add_argument("--data", metavar="FOLDER", help="holds items.parquet and interactions.parquet")
+    table.add_argument("--budget-minutes", type=float, default=60, help="for the grid of each trained row")
+    table.add_argument("--only", metavar="ROW,ROW", help="some rows of the table")
     kinds = ("seeds", "grid", "embed", "cache", "ingest", "retrieve")
     commands.choices["bench"].add_argument("bench", choices=kinds)
     return parser
@@ -73,9 +78,14 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     """The work of the parsed command, nothing imported before it is needed."""
     options = vars(arguments)
     command, config, sets = options["command"], options["config"], [*options["sets"]]
+    own: dict[str, Any]
     sets += [f"evaluate.{key}={options[key]}" for key in ("protocol", "negatives") if options.get(key) is not None]
     if command == "demo":
         return lambda: importlib.import_module("jobs.demo").run(config or "demo.toml", sets)
+    if command == "paper-table":
+        own = {"data": options["data"], "budget_minutes": options["budget_minutes"], "only": options["only"]}
+        table = importlib.import_module("jobs.paper_table")
+        return lambda: table.run(config or "paper-table.toml", sets, **own)
     if command == "bench":
         benches = importlib.import_module("jobs.bench").BENCHES
         return lambda: benches[options["bench"]](config or "demo.toml", sets)
@@ -83,7 +93,7 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     context = importlib.import_module("jobs.context").Context(
         importlib.import_module("jobs.config").load_config(config, options["name"], sets)
     )
-    own: dict[str, Any] = {key: options[key] for key in ("snapshot", "split") if key in options}
+    own = {key: options[key] for key in ("snapshot", "split") if key in options}
     own |= {key: options[key] for key in ("action", "out") if key in options}
     if command == "embed-items":
         own = {"plan_only": options["plan"], "allow_full": options["allow_full"]}

@@ -1,0 +1,56 @@
+"""paper-table on the tiny data: the same budget for every trained row, resumed without doing anything twice."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from jobs import train_user
+
+SETS = ("--set", "train.epochs=2", "--set", "evaluate.metric=recall@5")
+
+
+@pytest.fixture
+def folder(workspace):
+    for table, name in (("items", "items"), ("interactions", "events")):
+        frame = pl.read_csv(workspace.data(name), schema_overrides={"year": pl.String})
+        frame.write_parquet(workspace.folder / f"{table}.parquet")
+    return str(workspace.folder)
+
+
+def test_rows_with_one_budget_and_a_resumed_run(workspace, embed_here, folder, monkeypatch):
+    arguments = ["--data", folder, "--budget-minutes", "0", *SETS]
+    result = workspace.run("paper-table", *arguments, "--only", "popularity,sasrec-id,frozen-cache")
+    by_name = {row["name"]: row for row in result["rows"]}
+    assert list(by_name) == ["popularity", "sasrec-id", "frozen-cache"]
+    for name in ("sasrec-id", "frozen-cache"):  # no budget: the first point of the grid and no other
+        assert len(by_name[name]["tried"]) == 1
+        assert by_name[name]["grid_cut"]
+    assert by_name["sasrec-id"]["over_better_id"] is None
+    mean, low, high, p = by_name["popularity"]["over_better_id"]
+    assert low <= mean <= high
+    assert 0 < p <= 1
+    assert by_name["frozen-cache"]["cutoff"] == "unknown"
+
+    trained = []
+    monkeypatch.setattr(train_user, "_train", lambda *_: trained.append(1))
+    again = workspace.run("paper-table", *arguments, "--only", "popularity,sasrec-id,frozen-cache")
+    assert not trained
+    assert again["rows"] == result["rows"]
+
+
+def test_the_whole_grid_chooses_on_validation(workspace, embed_here, folder):
+    result = workspace.run(
+        "paper-table", "--data", folder, "--budget-minutes", "60", *SETS, "--only", "sasrec-id",
+    )  # fmt: skip
+    (row,) = result["rows"]
+    assert len(row["tried"]) == 4
+    assert not row["grid_cut"]
+    assert row["tried"][row["best"]] == max(row["tried"].values())
+
+
+def test_an_unknown_row_and_a_folder_without_tables_are_named(workspace, tmp_path):
+    error = workspace.fails("paper-table", "--only", "popularity,ours")
+    assert "'ours' is no row" in error["error"]
+    error = workspace.fails("paper-table", "--data", str(tmp_path / "nothing"))
+    assert "there is no items.parquet" in error["error"]
