@@ -12,7 +12,8 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        paper-table bench-seeds bench-grid bench-embed bench-cache bench-ingest bench-retrieve test test-all lint types
+        embed-users export-users refresh releases mlflow-ui paper-table bench-seeds bench-grid bench-embed \
+        bench-cache bench-ingest bench-retrieve test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -53,6 +54,21 @@ compare-runs: $(STAMP) ## one table of all evaluated runs
 
 recommend: $(STAMP) ## recommend (ARGS="--user ID" or "--items id,id")
 	@$(call RUN,recommend)
+
+embed-users: $(STAMP) ## the vector of every user whose history or tower is new
+	@$(call RUN,embed-users)
+
+export-users: $(STAMP) ## the newest user vectors as float32 lists (ARGS="--out FILE.parquet")
+	@$(call RUN,export-users)
+
+refresh: $(STAMP) ## one night, promoted or held (CONFIG=nightly.toml; ARGS=--dry-run)
+	@$(call RUN,refresh)
+
+releases: $(STAMP) ## what was released (ARGS=list, show, promote, rollback)
+	@$(HLLM) releases $(or $(ARGS),list) --config $(CONFIG)
+
+mlflow-ui: $(STAMP) ## runs and releases in a browser, on this machine alone (STORE=folder)
+	@$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(or $(STORE),store)/mlflow.db}
 
 paper-table: $(STAMP) ## DATA=FOLDER: the paper's comparison on it, resumable; hours (ARGS="--budget-minutes 10")
 	@$(HLLM) paper-table --config paper-table.toml $(if $(DATA),--data $(DATA)) $(ARGS)

@@ -54,10 +54,10 @@ def _report(
     return ann_report(index, vectors, torch.cat(found).cpu().numpy(), in_index[part.targets], REPORT_K, seen)
 
 
-def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
+def run(context: Context, snapshot: str | None = None, tower: str | None = None) -> dict[str, Any]:
     """Build, publish. Raises NotFoundError, FingerprintMismatchError, DataError."""
     started = time.perf_counter()
-    serving = context.serving_tower(snapshot)
+    serving = context.serving_tower(snapshot, tower)
     with torch.inference_mode():
         vectors = serving.tower.item_vectors(serving.catalog).float().cpu().numpy()
     rows = np.flatnonzero(serving.available)

@@ -26,11 +26,16 @@ COMMANDS = {
     "recommend": ("items for a user, or after a list of items", True, False),
     "snapshots": ("list snapshots, show one, or clean up what is past retention", True, False),
     "export-items": ("the vectors of a snapshot as a plain Parquet file of float32 lists", True, False),
+    "refresh": ("one night: everything above for what changed, then promote or hold", False, False),
+    "releases": ("list releases, show one, promote one, or roll back to the one before", False, False),
+    "embed-users": ("the vector of every user, computed where the history or a tower is new", True, False),
+    "export-users": ("the newest user vectors as a plain Parquet file of float32 lists", False, False),
     "paper-table": ("the paper's comparison on one data set, a resumable command", False, False),
     "demo": ("every step above on the data of the configuration", False, False),
     "bench": ("a measurement by name", False, False),
 }
-INTERRUPTED = 130
+HELD, INTERRUPTED = 3, 130
+NIGHT = ("prepare-data", "embed-items", "train-user", "build-index", "embed-users", "evaluate")
 PROTOCOLS = ("leave-last-out", "temporal", "sampled")
 
 
@@ -55,7 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--protocol", choices=PROTOCOLS, help="in place of evaluate.protocol")
     snapshots = commands.choices["snapshots"]
     snapshots.add_argument("action", choices=("list", "show", "clean"))
-    commands.choices["export-items"].add_argument("--out", required=True, metavar="PARQUET", help="file to write")
+    for export in ("export-items", "export-users"):
+        commands.choices[export].add_argument("--out", required=True, metavar="PARQUET", help="file to write")
+    commands.choices["embed-users"].add_argument(
+        "--everyone", action="store_true", help="take no vector over from the table before"
+    )
+    releases = commands.choices["releases"]
+    releases.add_argument("action", choices=("list", "show", "promote", "rollback"))
+    releases.add_argument("--release", metavar="ID", help="by default the champion, for show")
+    refresh = commands.choices["refresh"]
+    refresh.add_argument("--dry-run", action="store_true", help="say what would be done")
+    refresh.add_argument("--until", choices=NIGHT, help="end after this step; the next run goes on from there")
     embed = commands.choices["embed-items"]
     embed.add_argument("--plan", action="store_true", help="say what would be embedded, and embed nothing")
     embed.add_argument("--allow-full", action="store_true", help="embed most of the catalog again without a question")
@@ -94,7 +109,9 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         importlib.import_module("jobs.config").load_config(config, options["name"], sets)
     )
     own = {key: options[key] for key in ("snapshot", "split") if key in options}
-    own |= {key: options[key] for key in ("action", "out") if key in options}
+    own |= {
+        key: options[key] for key in ("action", "out", "everyone", "release", "dry_run", "until") if key in options
+    }
     if command == "embed-items":
         own = {"plan_only": options["plan"], "allow_full": options["allow_full"]}
     if command == "recommend":
@@ -147,11 +164,13 @@ class _OneLine:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a known error, 2 usage (argparse), 130 interrupted; else a traceback."""
+    """Exit status: 0 done, 1 a known error, 2 usage (argparse), 3 held, 130 interrupted; else a traceback."""
     arguments = build_parser().parse_args(argv)
     _quiet()
     with _OneLine() as outcome:
-        print(json.dumps(_job(arguments)()), flush=True)
+        result = _job(arguments)()
+        print(json.dumps(result), flush=True)
+        outcome.status = HELD if result.get("held_by") else 0
     return outcome.status
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
@@ -27,6 +27,7 @@ from pipeline.evaluate import EvaluateConfig
 from pipeline.gates import GateConfig
 from pipeline.intake import DataConfig
 from pipeline.joint import JointConfig
+from pipeline.release_gates import ReleaseGates
 from pipeline.tracking import TrackingConfig
 from schemas.errors import ConfigError
 from user_tower.model import UserTowerConfig
@@ -54,6 +55,40 @@ class BenchConfig(BaseModel):
     queries: int = Field(default=10_000, gt=0)
 
 
+class UsersConfig(BaseModel):
+    """How embed-users works."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int = Field(default=256, gt=0)
+    """Histories that go through the tower at once."""
+    window: int = Field(default=16_384, gt=0)
+    """Users of one unit of work, and of one row group of the table."""
+    ray_from: int = Field(default=20_000, gt=0)
+    """Users to compute from which Ray is started; fewer are done in this process."""
+
+
+class RefreshConfig(BaseModel):
+    """The nightly refresh."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "hllm"
+    """Name of the registered model; its alias ``champion`` is what consumers follow."""
+    train: Literal["never", "always", "auto"] = "auto"
+    """``auto``: when there is no user tower of tonight's item tower, when the newest is older than ``train_days``, or
+    when the events grew by ``train_share`` since it was trained."""
+    train_days: float = Field(default=7.0, gt=0)
+    train_share: float = Field(default=0.05, gt=0)
+    lock: bool = True
+    """Leave when another refresh of the same local store is running. It only saves work."""
+    log: str = "refresh.jsonl"
+    """JSON lines of the steps; a path, or a name in the store's folder."""
+    metrics_file: str = "refresh.prom"
+    """Prometheus text file; a path (node_exporter's textfile folder), or a name in the store's folder."""
+    gates: ReleaseGates = ReleaseGates()
+
+
 class Config(BaseSettings):
     """Every setting of every command; unknown keys are refused."""
 
@@ -75,6 +110,8 @@ class Config(BaseSettings):
     index: IndexConfig = IndexConfig()
     retention: RetentionConfig = RetentionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    users: UsersConfig = UsersConfig()
+    refresh: RefreshConfig = RefreshConfig()
     bench: BenchConfig = BenchConfig()
     tracking: TrackingConfig = TrackingConfig()
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -20,6 +20,7 @@ from item_tower.prompt import TemplateConfig
 from jobs.config import Config
 from pipeline.cache import open_snapshot, require_fingerprint
 from pipeline.dataset import OpenDataset, open_dataset
+from pipeline.release import Registry, kept_ids
 from pipeline.store import Store, open_store
 from pipeline.tracking import Tracker
 from schemas.hashing import Digest
@@ -84,14 +85,25 @@ class ServingTower:
 class Context:
     """One command's surroundings."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, dataset: Dataset | None = None) -> None:
+        """dataset: in place of the newest of the configured name."""
         self.config = config
         self.store = open_store(config.store)
+        self._dataset = dataset
 
     @cached_property
     def tracker(self) -> Tracker:
         """MLflow, opened when first needed."""
         return Tracker(self.config.tracking, self.store.root)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The registered model of the configuration."""
+        return Registry(self.tracker.client, self.config.refresh.model)
+
+    def kept_ids(self) -> frozenset[str]:
+        """What no clean-up takes: everything that the champion and its parent name."""
+        return frozenset(kept_ids(self.store, lambda: self.registry))
 
     @cached_property
     def code(self) -> str:
@@ -101,7 +113,7 @@ class Context:
     @cached_property
     def dataset_record(self) -> Dataset:
         """The newest prepared data set of the configured name. Raises NotFoundError."""
-        return self.store.require(Dataset, name=self.config.data.name)
+        return self._dataset or self.store.require(Dataset, name=self.config.data.name)
 
     @cached_property
     def dataset(self) -> OpenDataset:
@@ -165,12 +177,15 @@ class Context:
         require_fingerprint(chosen, fingerprint, reader)
         return chosen
 
-    def serving_tower(self, snapshot_id: str | None) -> ServingTower:
-        """The newest user tower of the configured name over a snapshot of its item tower.
+    def serving_tower(self, snapshot_id: str | None, tower_id: str | None = None) -> ServingTower:
+        """A user tower, by default the newest of the configured name, over a snapshot of its item tower.
 
         Raises NotFoundError, FingerprintMismatchError, StoreError.
         """
-        record = self.store.require(UserTower, name=self.config.name)
+        if tower_id is not None:
+            record = self.store.get(UserTower, tower_id)
+        else:
+            record = self.store.require(UserTower, name=self.config.name)
         tower = UserTowerModel.load(self.store.folder(record)).to(default_device())
         if record.item_fingerprint is None:
             item_ids, available = self.dataset.item_ids, self.dataset.available

@@ -113,3 +113,29 @@ def embed_windows(
                 speed = f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f}"
                 bar.set_postfix({"tokens/s": speed, "padding": waste}, refresh=False)
                 yield report
+
+
+def map_windows(
+    worker: type, arguments: dict[str, Any], windows: list[pa.Table], label: str, workers: int | None
+) -> Iterator[pa.Table]:
+    """Run a callable class over windows on Ray Data, an Arrow table each way; yields the answers in their order.
+
+    Workers get a GPU each where there are any. Raises what the class raised.
+    """
+    with _session():
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        answers = ray.data.from_arrow(windows).map_batches(
+            worker,
+            fn_constructor_kwargs=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ray.data.ActorPoolStrategy(size=workers or max(1, gpus)),
+            num_cpus=1,
+            num_gpus=1 if gpus else 0,
+        )
+        with tqdm(total=sum(window.num_rows for window in windows), desc=label, mininterval=1) as bar:
+            for answer in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                bar.update(answer.num_rows)
+                yield answer

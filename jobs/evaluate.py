@@ -63,8 +63,11 @@ def _require_same_split(context: Context, record: UserTower) -> None:
         )
 
 
-def open_subject(context: Context, snapshot_id: str | None) -> Subject:
-    """The baseline of that name, or the newest user tower of that name. Raises NotFoundError, ConfigError."""
+def open_subject(context: Context, snapshot_id: str | None, tower_id: str | None = None) -> Subject:
+    """The baseline of that name, or a user tower: by default the newest of that name.
+
+    Raises NotFoundError, ConfigError.
+    """
     name, dataset = context.config.name, context.dataset
     if name in BASELINES:
         if snapshot_id is not None:
@@ -72,7 +75,7 @@ def open_subject(context: Context, snapshot_id: str | None) -> Subject:
         training = training_part(dataset.histories, context.config.evaluate)
         recommender = BASELINES[name](training, len(dataset.item_ids))
         return Subject(recommender, dataset.item_ids, dataset.available, name, {})
-    serving = context.serving_tower(snapshot_id)
+    serving = context.serving_tower(snapshot_id, tower_id)
     _require_same_split(context, serving.record)
     tags = {
         "user_tower": serving.record.id,
@@ -318,13 +321,15 @@ def measure(context: Context, work: Work) -> tuple[Ranks, dict[str, Any]]:
     }
 
 
-def run(context: Context, split: Split = "test", snapshot: str | None = None) -> dict[str, Any]:
+def run(
+    context: Context, split: Split = "test", snapshot: str | None = None, tower: str | None = None
+) -> dict[str, Any]:
     """Score, log, print; skipped_events are those of items that the snapshot does not hold.
 
     Raises NotFoundError, FingerprintMismatchError, ConfigError, DataError.
     """
     config, record = context.config, context.dataset.record
-    subject, label = open_subject(context, snapshot), protocol(context)
+    subject, label = open_subject(context, snapshot, tower), protocol(context)
     work = prepare(context, split, subject)
     _check(context, subject)
     inputs = inputs_hash(RESULT_FORMAT, config.name, subject.identity, record.digest, split, config.evaluate)

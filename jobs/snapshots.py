@@ -30,7 +30,7 @@ def run(context: Context, action: str, snapshot: str | None) -> dict[str, Any]:
         return {"snapshots": [record.model_dump()], "checked": len(matrix.vectors)}
     if action == "clean":
         started = time.perf_counter()
-        done = clean(store, context.config.retention)
+        done = clean(store, context.config.retention, kept=context.kept_ids())
         kept = [_line(record) for record in store.all(Snapshot)]
         return {
             "snapshots": kept,
@@ -40,5 +40,8 @@ def run(context: Context, action: str, snapshot: str | None) -> dict[str, Any]:
             "bytes_freed": done.freed,
             "seconds": round(time.perf_counter() - started, 3),
         }
-    past = {record.id for record in expired(store, context.config.retention, time.time_ns() // 1_000_000)}
+    past = {
+        record.id
+        for record in expired(store, context.config.retention, time.time_ns() // 1_000_000, context.kept_ids())
+    }
     return {"snapshots": [_line(record) | {"expired": record.id in past} for record in store.all(Snapshot)]}

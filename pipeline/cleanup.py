@@ -18,7 +18,7 @@ from pipeline.embeddings import EmbeddingFile, decode_keys, read_file, read_keys
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
-from schemas.records import ItemTower, Snapshot, UserTower
+from schemas.records import Index, ItemTower, Record, Snapshot, UserTower, UserVectors
 
 _HOUR = 3_600_000
 _ATTEMPTS = 5
@@ -57,19 +57,35 @@ def in_use(store: Store) -> set[str]:
     return found | ({tower.fingerprint} if tower else set()) | ({snapshot.fingerprint} if snapshot else set())
 
 
-def expired(store: Store, config: RetentionConfig, now: int) -> list[Snapshot]:
-    """Snapshots past retention; now: milliseconds."""
+def expired(store: Store, config: RetentionConfig, now: int, kept: frozenset[str] = frozenset()) -> list[Snapshot]:
+    """Snapshots past retention; now: milliseconds; kept: ids that stay whatever their age."""
     records, used = store.all(Snapshot), in_use(store)
     newest: set[str] = set()
     for fingerprint in used:
         newest.update(record.id for record in records if record.fingerprint == fingerprint)
         of_tower = [record.id for record in records if record.fingerprint == fingerprint]
         newest.difference_update(of_tower[: -config.newest])
-    return [r for r in records if r.id not in newest and now - r.created_at >= config.days * 24 * _HOUR]
+    stay = newest | kept
+    return [r for r in records if r.id not in stay and now - r.created_at >= config.days * 24 * _HOUR]
 
 
-def clean(store: Store, config: RetentionConfig, now: int | None = None) -> Cleaned:
-    """Drop expired snapshots, then every vector that no kept one needs; join small files.
+def _unused(
+    store: Store, kind: type[Index] | type[UserVectors], config: RetentionConfig, now: int, kept: frozenset[str]
+) -> list[Record]:
+    """Indexes or tables of user vectors past retention, but for the newest of each user tower and item tower."""
+    records: list[Index | UserVectors] = list(store.all(kind))
+    of_tower: dict[tuple[str | None, str | None], list[str]] = {}
+    for record in records:
+        of_tower.setdefault((record.item_fingerprint, record.user_tower), []).append(record.id)
+    stay = kept.union(*(ids[-config.newest :] for ids in of_tower.values()))
+    return [r for r in records if r.id not in stay and now - r.created_at >= config.days * 24 * _HOUR]
+
+
+def clean(
+    store: Store, config: RetentionConfig, now: int | None = None, kept: frozenset[str] = frozenset()
+) -> Cleaned:
+    """Drop expired snapshots, indexes and user vectors, then every item vector that no kept snapshot needs; join
+    small files. kept: ids that stay whatever their age, those of the champion and its parent.
 
     Nothing younger than ``job_hours`` is touched, so a running job loses nothing. What a job is about to publish
     counts as used. Raises StoreError when others commit all the time, or when the store is damaged.
@@ -77,19 +93,21 @@ def clean(store: Store, config: RetentionConfig, now: int | None = None) -> Clea
     now = time.time_ns() // 1_000_000 if now is None else now
     before = store.size()
     done = Cleaned()
-    for record in expired(store, config, now):
+    for record in expired(store, config, now, kept):
         store.remove(record)
         done.snapshots.append(record.id)
+    for unused in (*_unused(store, Index, config, now, kept), *_unused(store, UserVectors, config, now, kept)):
+        store.remove(unused)
     oldest = now - int(config.job_hours * _HOUR)
     store.sweep(oldest)
     for fingerprint in store.embeddings.fingerprints():
         files, rows = _rewrite(store, fingerprint, oldest)
         done.files += files
         done.rows += rows
-    kept = {record.vectors_digest for record in store.all(Snapshot)}
+    digests = {record.vectors_digest for record in store.all(Snapshot)}
     for local in store.matrices.glob("*.bin"):
         with suppress(FileNotFoundError):  # a reader builds it anew
-            if local.stem not in kept and local.stat().st_mtime * 1000 <= oldest:
+            if local.stem not in digests and local.stat().st_mtime * 1000 <= oldest:
                 local.unlink()
     store.embeddings.vacuum(config.job_hours)
     done.freed = before - store.size()

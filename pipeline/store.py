@@ -28,7 +28,7 @@ from pipeline.files import (
 )
 from schemas.errors import NotFoundError, StoreError
 from schemas.hashing import hash_texts
-from schemas.records import Dataset, Index, ItemTower, Record, Snapshot, UserTower
+from schemas.records import Dataset, Index, ItemTower, Record, Release, Snapshot, UserTower, UserVectors
 
 R = TypeVar("R", bound=Record)
 
@@ -38,6 +38,8 @@ FOLDERS: dict[type[Record], str] = {
     Snapshot: "snapshots",
     UserTower: "user_towers",
     Index: "indexes",
+    UserVectors: "user_vectors",
+    Release: "releases",
 }
 MADE_BY: dict[type[Record], str] = {
     Dataset: "hllm prepare-data",
@@ -45,6 +47,8 @@ MADE_BY: dict[type[Record], str] = {
     Snapshot: "hllm embed-items",
     UserTower: "hllm train-user",
     Index: "hllm build-index",
+    UserVectors: "hllm embed-users",
+    Release: "hllm refresh",
 }
 _TABLE = "item_embeddings"
 _ITEMS = "items.parquet"

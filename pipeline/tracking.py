@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from schemas.errors import NotFoundError, TrackingError
+
 EXPERIMENT = "hllm"
 
 
@@ -27,6 +29,34 @@ class TrackingConfig(BaseModel):
     uri: str | None = None
     """An MLflow tracking URI; by default SQLite inside the store. MLFLOW_TRACKING_URI goes before it."""
     experiment: str = EXPERIMENT
+
+
+@contextmanager
+def known_error(what: str) -> Iterator[None]:
+    """What MLflow raises inside the block becomes a NotFoundError, or a TrackingError that names ``what``."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:300]
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST" or "not found" in reason:
+            raise NotFoundError(f"{what}: {reason}; `hllm releases list` names what is there") from error
+        raise TrackingError(f"{what}: {reason}; check MLFLOW_TRACKING_URI and the server") from error
+
+
+def open_client(uri: str | None) -> Any:
+    """An MLflow client; uri None: MLFLOW_TRACKING_URI. Raises TrackingError when there is neither."""
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it logs what it raises, at full length
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not chosen:
+        raise TrackingError("no tracking server is named; set MLFLOW_TRACKING_URI or pass tracking_uri")
+    return MlflowClient(tracking_uri=chosen)
 
 
 class Run:
@@ -72,13 +102,6 @@ class Tracker:
     """The runs of one store."""
 
     def __init__(self, config: TrackingConfig, store: Path) -> None:
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        from mlflow import MlflowClient
-
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it logs what it raises, at full length
-
         root = store.resolve()
         uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
         self._artifacts = None
@@ -86,8 +109,14 @@ class Tracker:
             root.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{root / 'mlflow.db'}"
             self._artifacts = (root / "mlartifacts").as_uri()
-        self._client = MlflowClient(tracking_uri=uri)
+        self.uri = uri
+        self.client = self._client = open_client(uri)
         self._experiment = config.experiment
+
+    def ping(self) -> None:
+        """Raises TrackingError when the server does not answer."""
+        with known_error(f"MLflow at {without_secrets(self.uri)}"):
+            self._client.search_experiments(max_results=1)
 
     def _experiment_id(self) -> str:
         found = self._client.get_experiment_by_name(self._experiment)
@@ -140,6 +169,12 @@ class Tracker:
         """A Parquet artifact of a run."""
         with tempfile.TemporaryDirectory() as folder:
             return pq.read_table(self._client.download_artifacts(run_id, name, folder))
+
+
+def without_secrets(uri: str) -> str:
+    """A URI without its user and password."""
+    scheme, mark, rest = uri.partition("://")
+    return scheme + mark + rest.rpartition("@")[2] if "@" in rest.split("/")[0] else uri
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

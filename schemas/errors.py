@@ -50,3 +50,11 @@ class TrainingError(PipelineError):
 
 class DownloadError(PipelineError):
     """A download failed or did not have the expected checksum."""
+
+
+class ReleaseError(PipelineError):
+    """The parts of a release do not match, or the champion is not the one that was expected."""
+
+
+class TrackingError(PipelineError):
+    """The MLflow server or its registry cannot be reached, or refused a request."""

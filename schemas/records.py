@@ -108,3 +108,39 @@ class Index(Record):
     bytes: int
     checksum: str
     inputs: str = ""  # hash of vectors, ids and settings
+
+
+class UserVectors(Record):
+    """The vectors of all users with a known history, made by one user tower over one snapshot."""
+
+    item_fingerprint: str | None  # None: the tower reads ids
+    user_tower: str
+    user_tower_fingerprint: str
+    snapshot: str | None
+    dataset: str
+    users: int
+    dim: int
+    dtype: str
+    checksum: str  # over users and vectors
+    inputs: str  # hash of everything that decided the vectors
+    run_id: str
+
+
+class Release(Record):
+    """What serves together; the id is the hash of its inputs, so that the same night ends in the same release."""
+
+    name: str  # of the registered model
+    dataset: str  # digest
+    item_fingerprint: str | None
+    item_tower: str | None  # None: an untuned model, or a tower that reads ids
+    snapshot: str | None
+    user_tower: str
+    index: str
+    user_vectors: str
+    champion: str | None  # the release that it was compared with
+    metrics: dict[str, float]
+    gates: list[dict[str, Any]]  # the verdict table
+    checksums: dict[str, str]  # part -> digest of its content
+    config_hash: str
+    code_version: str
+    run_id: str

@@ -33,6 +33,9 @@ CREATED_AT = "created_at"
 RUN_ID = "run_id"
 FINGERPRINT = "fingerprint"
 
+# user vectors
+HISTORY = "history"  # digest of the events that the vector was made of
+
 # per-user ranks of an evaluation
 TARGET = "target"
 ABOVE = "above"  # candidates scored strictly higher than the target; -1 is a miss
@@ -88,6 +91,14 @@ CUTOFF = pa.schema(
         pa.field(USER_ID, pa.string(), nullable=False),
         pa.field(TIMESTAMP, pa.int64(), nullable=False),
         pa.field(ITEM_ID, pa.string(), nullable=False),
+    ]
+)
+
+USER_VECTORS = pa.schema(
+    [
+        pa.field(USER_ID, pa.string(), nullable=False),
+        pa.field(HISTORY, pa.binary(), nullable=False),
+        pa.field(EMBEDDING, pa.binary(), nullable=False),
     ]
 )
 

@@ -197,10 +197,8 @@ def workspace(tmp_path, bert_folder, capsys, monkeypatch) -> Workspace:
     return Workspace(tmp_path, toml, capsys)
 
 
-@pytest.fixture
-def embed_here(monkeypatch) -> list[list[str]]:
-    """embed-items without Ray, its worker called in this process. Returns the texts of each call."""
-    calls: list[list[str]] = []
+def embed_in_this_process(calls: list[list[str]]):
+    """In place of ``embed_items.embed_windows``: its worker, called here. Adds each call's texts to ``calls``."""
 
     def embed(order, windows, workers):
         worker = EmbedAndWrite(order, Ledger())
@@ -210,5 +208,12 @@ def embed_here(monkeypatch) -> list[list[str]]:
                 calls.append(texts.column("text").to_pylist())
             yield from worker(window).to_pylist()
 
-    monkeypatch.setattr(embed_items, "embed_windows", embed)
+    return embed
+
+
+@pytest.fixture
+def embed_here(monkeypatch) -> list[list[str]]:
+    """embed-items without Ray, its worker called in this process. Returns the texts of each call."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(embed_items, "embed_windows", embed_in_this_process(calls))
     return calls

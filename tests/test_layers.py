@@ -19,7 +19,7 @@ MAY_IMPORT = {
 # heavy or foreign packages, and the files that may import them
 KEEPERS = {
     "ray": {"jobs/embed_ray.py"},
-    "mlflow": {"pipeline/tracking.py"},
+    "mlflow": {"pipeline/release.py", "pipeline/tracking.py"},
     "faiss": {"pipeline/ann.py"},
     "deltalake": {"pipeline/embeddings.py"},
     "accelerate": {"user_tower/train.py"},

@@ -1,0 +1,130 @@
+"""The figures behind a release's gates: tonight's data, index and recall against the champion's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs import evaluate
+from jobs.context import Context
+from pipeline.cache import read_items
+from pipeline.dataset import read_profile
+from pipeline.metrics import FloatArray, per_user
+from pipeline.release_gates import Gate, ReleaseGates, at_least, at_most, change, non_inferior, slices_not_worse
+from pipeline.slices import target_slices
+from pipeline.splits import queries, training_part
+from schemas import tables
+from schemas.records import Dataset, Release, Snapshot
+
+_DAY = 86_400_000
+Ranks = dict[tuple[str, str], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What tonight made. index: the answer of build-index; evaluated: that of evaluate."""
+
+    dataset: Dataset
+    snapshot: Snapshot | None
+    index: dict[str, Any]
+    evaluated: dict[str, Any]
+
+
+def data_gates(context: Context, candidate: Candidate, champion: Release | None) -> list[Gate]:
+    """Coverage, drift of the input and freshness. What there is nothing to compare with passes as ``first``."""
+    limits, now = context.config.refresh.gates, candidate.dataset
+    then = None if champion is None else context.store.newest(Dataset, digest=champion.dataset)
+    profile = read_profile(context.store, now)
+    before = None if then is None else read_profile(context.store, then)
+    snapshot = candidate.snapshot
+    left_out = 0.0 if snapshot is None else snapshot.quarantined / max(1, snapshot.items + snapshot.quarantined)
+
+    def figure(part: str, name: str) -> tuple[float | None, float | None]:
+        found = [None if side is None else side.get(part, {}).get(name) for side in (profile, before)]
+        means = [value.get("mean") if isinstance(value, dict) else value for value in found]
+        return means[0], means[1]
+
+    lost = None if then is None else max(0, then.interactions - now.interactions) / max(1, then.interactions)
+    days = None if then is None else (now.watermark - then.watermark) / _DAY
+    unknown = now.filtered.get("unknown items", 0) / max(1, now.rows_in.get("interactions", now.interactions))
+    gates = [
+        at_most("left out", left_out, limits.max_left_out),
+        at_most("catalog size", change(*figure("items", tables.AVAILABLE)), limits.max_catalog_change),
+        at_most("text length", change(*figure("items", "characters")), limits.max_text_change),
+        at_most("interactions lost", lost, limits.max_interactions_lost),
+        at_most("unknown items", unknown, limits.max_unknown_items),
+        at_least("newer than the champion, days", days, 0.0),
+    ]
+    if limits.max_age_days is not None:
+        age = (now.created_at - now.watermark) / _DAY
+        gates.append(at_most("age of the newest event, days", age, limits.max_age_days))
+    return gates
+
+
+def index_gate(candidate: Candidate, limits: ReleaseGates) -> Gate:
+    """What the index finds of the exact neighbours; no validation history to ask with decides nothing."""
+    loss = candidate.index["ann"].get("ann_loss")
+    if loss is None:
+        return Gate("index recall", None, f">= {limits.min_index_recall:g}", "undecided", "no validation histories")
+    return at_least("index recall", 1 - loss, limits.min_index_recall)
+
+
+def _ranks(context: Context, run_id: str) -> Ranks:
+    table = context.tracker.read_table(run_id, "ranks.parquet")
+    columns = (table.column(name).to_pylist() for name in tables.RANKS.names)
+    return {(user, target): (above, ties) for user, target, above, ties in zip(*columns, strict=True)}
+
+
+def _values(context: Context, ranks: Ranks, asked: list[tuple[str, str]]) -> FloatArray:
+    """[U] the deciding metric of each user over some targets, which lie together by user."""
+    users = [user for user, _ in asked]
+    starts = [place for place, user in enumerate(users) if place == 0 or user != users[place - 1]]
+    above = np.array([ranks[pair][0] for pair in asked], dtype=np.int64)
+    ties = np.array([ranks[pair][1] for pair in asked], dtype=np.int64)
+    offsets = np.array([*starts, len(users)], dtype=np.int64)
+    config = context.config.evaluate
+    return per_user(above, ties, config.ks, len(context.dataset.item_ids), offsets)[config.metric]
+
+
+def quality_gates(
+    context: Context, candidate: Candidate, champion: Release | None
+) -> tuple[list[Gate], dict[str, Any]]:
+    """The paired comparison on the targets that both were asked, none of which either was trained on and whose items
+    both catalogs hold; and the champion's own evaluation on tonight's data."""
+    limits, metric = context.config.refresh.gates, context.config.evaluate.metric
+    if champion is None:
+        value = candidate.evaluated["metrics"][metric]
+        return [Gate(metric, round(value, 6), f"> {-limits.max_metric_loss:g}", "first", "no champion yet")], {}
+    theirs = evaluate.run(context, "test", champion.snapshot, champion.user_tower)
+    ours, others = (_ranks(context, result["run_id"]) for result in (candidate.evaluated, theirs))
+    common = _common_items(context, candidate.snapshot, champion)
+    asked = [pair for pair in ours if pair in others and (common is None or pair[1] in common)]
+    gates = [
+        non_inferior(
+            metric, _values(context, ours, asked), _values(context, others, asked), limits.max_metric_loss, limits
+        )
+    ]
+    config, dataset = context.config.evaluate, context.dataset
+    every = queries(dataset.histories, "test", config)
+    counts = np.bincount(training_part(dataset.histories, config).items, minlength=len(dataset.item_ids))
+    owners = every.owners.tolist()
+    pairs = [
+        (every.histories.users[o], dataset.item_ids[t]) for o, t in zip(owners, every.targets.tolist(), strict=True)
+    ]
+    chosen, members = set(asked), {}
+    for label, mask in target_slices(every, counts).items():
+        own = [pairs[place] for place in np.flatnonzero(mask).tolist() if pairs[place] in chosen]
+        if own:
+            members[label] = (_values(context, ours, own), _values(context, others, own))
+    return [*gates, *slices_not_worse(members, limits.max_slice_loss, limits)], theirs
+
+
+def _common_items(context: Context, snapshot: Snapshot | None, champion: Release) -> set[str] | None:
+    """Ids that both snapshots hold; None where neither reads one."""
+    if snapshot is None or champion.snapshot is None or snapshot.id == champion.snapshot:
+        return None
+    before = context.store.get(Snapshot, champion.snapshot)
+    held = [set(read_items(context.store, each).column(tables.ITEM_ID).to_pylist()) for each in (snapshot, before)]
+    return held[0] & held[1]
