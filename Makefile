@@ -13,7 +13,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
         embed-users export-users refresh releases mlflow-ui paper-table bench-seeds bench-grid bench-embed \
-        bench-cache bench-ingest bench-retrieve test test-all lint types
+        bench-cache bench-ingest bench-retrieve bench-evaluate test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -91,6 +91,9 @@ bench-ingest: $(STAMP) ## 20M interactions and 2M items from gz CSV against pola
 
 bench-retrieve: $(STAMP) ## exact and ANN search against FAISS flat and torch, 100k vectors (ARGS="--set bench.vectors=1000000": 1M)
 	@$(HLLM) bench retrieve --config $(CONFIG) $(ARGS)
+
+bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k of the same users
+	@$(HLLM) bench evaluate --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

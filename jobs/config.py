@@ -46,13 +46,15 @@ class ItemTowerConfig(BaseModel):
 
 
 class BenchConfig(BaseModel):
-    """Sizes of ``bench retrieve``."""
+    """Sizes of ``bench retrieve`` and ``bench evaluate``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vectors: int = Field(default=100_000, gt=0)
     """N; the goal is set at 1,000,000."""
     queries: int = Field(default=10_000, gt=0)
+    users: int = Field(default=20_000, gt=0)
+    """Of ``bench evaluate``; the goal is set at 200,711 users and 126,871 vectors."""
 
 
 class UsersConfig(BaseModel):

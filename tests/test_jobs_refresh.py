@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -220,30 +221,51 @@ def test_a_release_whose_parts_changed_does_not_open(workspace, embed_here):
         open_release("models:/hllm@nobody", tracking(workspace))
 
 
-def test_a_killed_night_ends_in_the_release_of_one_that_was_not(workspace, embed_here):
-    """SIGKILL at four moments of a night, each followed by a look at the champion."""
-    first = workspace.run("refresh", *NIGHT)
-    add_day(workspace, 1)
-    copy = workspace.folder / "copy"
-    subprocess.run(["cp", "-r", str(workspace.store), str(copy)], check=True)
-    arguments = ["refresh", "--config", str(workspace.toml), *NIGHT]
+def start_night(workspace, *sets: str) -> subprocess.Popen:
+    """A refresh in a process of its own."""
+    arguments = ["refresh", "--config", str(workspace.toml), *NIGHT, *sets]
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import conftest; from jobs import cli, embed_items\n"
         f"embed_items.embed_windows = conftest.embed_in_this_process([]); cli.main({arguments})"
     )
-    rng = np.random.default_rng(0)
-    for wait in rng.uniform(2.0, 9.0, 4):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def kill_nights(workspace, kills: int) -> None:
+    """SIGKILL at random moments. The champion must open and answer after each; a finished night brings a new day."""
+    always = ("--set", "refresh.train=always")
+    workspace.run("refresh", *NIGHT, *always)
+    copy = workspace.folder / "copy"
+    subprocess.run(["cp", "-r", str(workspace.store), str(copy)], check=True)
+    day, rng = 1, np.random.default_rng(0)
+    add_day(workspace, day)
+    known = champion(workspace).record.id
+    for wait in rng.uniform(2.0, 9.0, kills):
+        process = start_night(workspace, *always)
         time.sleep(wait)
         process.kill()
         process.communicate()
         found = champion(workspace)
-        assert found.record.champion in (None, first["release"])
-    resumed = workspace.run("refresh", *NIGHT)
-    whole = workspace.run("refresh", *NIGHT, "--set", f"store={copy}")
+        assert found.index.search(found.user_vectors[:1].astype(np.float32), 3).rows.min() >= 0
+        if found.record.id != known:
+            known, day = found.record.id, day + 1
+            add_day(workspace, day)
+    resumed = workspace.run("refresh", *NIGHT, *always)
+    assert resumed["promoted"], resumed["held_by"]
+    whole = workspace.run("refresh", *NIGHT, *always, "--set", f"store={copy}")
     assert resumed["release"] == whole["release"]
-    assert resumed["promoted"]
+    assert list(workspace.store.glob("*/.*")) == []
+
+
+def test_a_killed_night_ends_in_the_release_of_one_that_was_not(workspace, embed_here):
+    kill_nights(workspace, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_killed_nights(workspace, embed_here):
+    kill_nights(workspace, int(os.environ.get("HLLM_KILLS", "30")))
 
 
 def test_the_lock_is_not_waited_for(tmp_path):
