@@ -99,6 +99,7 @@ test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP) ## every test that this machine can run
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test,peers]' >&2
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(STAMP) ## ruff

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from item_tower.encoder import ItemEncoder
-from item_tower.prompt import RENDER_VERSION
+from item_tower.prompt import RENDER_VERSION, TemplateConfig
 from schemas.hashing import Digest
 
 # Keys of a model's config.json that do not change its output: names, versions, execution choices.
@@ -68,7 +68,7 @@ def ingredients(encoder: ItemEncoder, output_dtype: str) -> dict[str, str]:
         "architecture": _architecture(encoder),
         "tokenizer": _tokenizer(encoder),
         "render_version": str(RENDER_VERSION),
-        "template": json.dumps([template.prompt, template.separator, template.empty_text]),
+        "template": json.dumps([template.prompt, template.separator, template.empty_text, *_style(template)]),
         "fields": json.dumps(template.fields),
         "max_length": str(config.max_length),
         "truncation_side": config.truncation_side,
@@ -89,3 +89,8 @@ def fingerprint(encoder: ItemEncoder, output_dtype: str = "float16") -> str:
     for name, value in sorted(ingredients(encoder, output_dtype).items()):
         digest.add(name).add(value)
     return digest.hexdigest()
+
+
+def _style(template: TemplateConfig) -> list[str]:
+    """Nothing for ``clean``, which was there before there was another: what it embedded stays valid."""
+    return [] if template.style == "clean" else [template.style]

@@ -30,7 +30,11 @@ class TemplateConfig(BaseModel):
     fields: tuple[str, ...] = Field(default=("title",), min_length=1)
     """Item columns, in the order in which they are written."""
     separator: str = ", "
-    """Between fields. The official code uses none (``separator = ""``)."""
+    """Between fields."""
+    style: Literal["clean", "reference"] = "clean"
+    """``reference`` reproduces the text of the paper's code byte for byte: cells as they are, nothing between fields,
+    an empty cell and one that reads "nan" left out. With a decoder its token ids are the official ones too: those of
+    the whole text cut to ``encoder.max_length``, then [ITEM]."""
     empty_text: Literal["error", "quarantine"] = "error"
     """An item all of whose fields are empty stops the job, or is left out, counted."""
 
@@ -68,12 +72,19 @@ def render(items: pa.Table, template: TemplateConfig) -> list[str]:
                 f"template.fields names {field!r}, the catalog has {usable}; "
                 f"set template.fields to columns of the catalog"
             )
-    columns = [[_value_text(value) for value in items.column(field).to_pylist()] for field in template.fields]
+    raw = template.style == "reference"
+    as_text, separator = (_raw_text, "") if raw else (_value_text, template.separator)
+    columns = [[as_text(value) for value in items.column(field).to_pylist()] for field in template.fields]
     texts = []
     for values in zip(*columns, strict=True):
         parts = [f"{field}: {value}" for field, value in zip(template.fields, values, strict=True) if value]
-        texts.append(template.prompt + template.separator.join(parts) if parts else "")
+        texts.append(template.prompt + separator.join(parts) if parts else "")
     return texts
+
+
+def _raw_text(value: Any) -> str:
+    """One cell as the official code writes it."""
+    return str(value) if value and str(value) != "nan" else ""
 
 
 def require_text(empty: list[str], total: int, template: TemplateConfig) -> None:

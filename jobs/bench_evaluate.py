@@ -85,9 +85,6 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     settings = load_config(config, None, sets)
     queries, candidates, asked, counts = _inputs(settings)
     pool = Pool(np.ones(len(candidates), dtype=bool))
-    small = queries[:_TRIED]
-    _bare(small, candidates, 512)  # once unmeasured: the first product starts the threads
-    chunk = min(_BARE_CHUNKS, key=lambda size: _timed(lambda: _bare(small, candidates, size))[0])
     before = _peak_mib()
 
     def whole() -> dict[str, float]:
@@ -97,7 +94,10 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
         return figures(settings.evaluate, asked, ranks, len(candidates), members).metrics
 
     own, metrics = _timed(whole)
-    peak = _peak_mib() - before
+    peak = _peak_mib() - before  # before the bare pass, which holds whole rows of scores
+    small = queries[:_TRIED]
+    _bare(small, candidates, 512)  # once unmeasured: the first product starts the threads
+    chunk = min(_BARE_CHUNKS, key=lambda size: _timed(lambda: _bare(small, candidates, size))[0])
     bare, _ = _timed(lambda: _bare(queries, candidates, chunk))
     flops = 2 * len(queries) * candidates.numel()
     rate = _gflops(candidates)

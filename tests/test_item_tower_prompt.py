@@ -36,6 +36,26 @@ def test_golden_texts():
     ]
 
 
+def test_golden_texts_of_the_official_code():
+    """By hand after REC/data/dataset: prompt, then "key: value" for each value that is true and does not read nan."""
+    items = pa.table(
+        {
+            "item_id": ["a", "b", "c", "d"],
+            "title": ["  Toy &amp; Story\n", None, "nan", "0"],
+            "tag": ["x", "y", "", None],
+            "description": [None, "two\tlines", "z", "Cafe\u0301"],
+        }
+    )
+    template = TemplateConfig(fields=("title", "tag", "description"), style="reference")
+    prompt = "Compress the following sentence into embedding: "
+    assert render(items, template) == [
+        prompt + "title:   Toy &amp; Story\ntag: x",
+        prompt + "tag: ydescription: two\tlines",
+        prompt + "description: z",
+        prompt + "title: 0description: Cafe\u0301",
+    ]
+
+
 DIRTY = {
     "AT&amp;T &#39;n&#39; more&nbsp;&lt;b&gt;": "AT&T 'n' more <b>",
     "&amp;amp; once": "&amp; once",  # resolved once: what was written twice stays as it was written

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 
 from item_tower.encoder import ItemEncoder
+from item_tower.prompt import TemplateConfig, render
 from pipeline.joint import JointConfig, JointStep
 from schemas.errors import TrainingError
 from user_tower.lora import LoraSettings, add_lora, merge_lora
@@ -67,6 +69,25 @@ def test_a_vector_is_that_of_a_plain_unbatched_forward(make_encoder, kind):
                 words = encoder.model.get_input_embeddings()(ids)
                 inputs = torch.cat([words, encoder.item_token[None, None]], dim=1)
                 expected = encoder.model(inputs_embeds=inputs).last_hidden_state[0, -1]
+            torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reference_vector_is_that_of_the_official_forward(make_encoder):
+    """The whole text's ids cut to max_length, then [ITEM], positions so that all texts end at the same one."""
+    template = TemplateConfig(fields=("title", "year"), style="reference")
+    encoder = make_encoder("llama", template=template, max_length=8).eval()
+    cells = ["The red 1", "the blue title of the year 2 and a red one"]
+    items = pa.table({"item_id": ["a", "b"], "title": cells, "year": ["3", None]})
+    texts = render(items, template)
+    assert texts[0].endswith("title: The red 1year: 3")
+    with torch.inference_mode():
+        found = encoder.encode_ids(encoder.tokenise(texts).input_ids, 64)
+        for text, vector in zip(texts, found, strict=True):
+            ids = encoder.tokenizer.encode(text)[:8]
+            words = encoder.model.get_input_embeddings()(torch.tensor([ids]))
+            inputs = torch.cat([words, encoder.item_token[None, None]], dim=1)
+            positions = torch.arange(len(ids) + 1)[None] + 8 - len(ids)
+            expected = encoder.model(inputs_embeds=inputs, position_ids=positions).last_hidden_state[0, -1]
             torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
 
 
