@@ -20,6 +20,7 @@ from jobs.config import Config, find_toml, load_config, local_store
 from jobs.context import Context
 from pipeline.files import write_file
 from pipeline.metrics import paired_difference
+from pipeline.published import published_rows
 from schemas.errors import ConfigError
 
 BASELINES = ("popularity", "item-knn")
@@ -157,6 +158,21 @@ def _markdown(rows: list[Row], over: dict[str, list[float] | None], metric: str)
     return "\n".join(lines)
 
 
+def _published(rows: list[dict[str, Any]], ours: dict[str, Any], metric: str) -> str:
+    """Published rows as a table of their own, with what is different about the data."""
+    mine = f"{ours['data']['name']}: {ours['users']} users, {ours['counts']['items']} items"
+    lines = [
+        f"Published, same protocol, other data ({rows[0]['dataset']}; here {mine}):",
+        "",
+        f"| run | {metric} | source |",
+    ]
+    lines.append("|---|---|---|")
+    for row in rows:
+        if metric in row:
+            lines.append(f"| {row['method']}, {row['setting']} | {row[metric]:.4f} | {row['source']} |")
+    return "\n".join(lines)
+
+
 def run(config: str, sets: list[str], data: str | None, budget_minutes: float, only: str | None) -> dict[str, Any]:
     """Print the table as Markdown on stderr; return its rows. only: names with commas between, None for all.
 
@@ -176,11 +192,15 @@ def run(config: str, sets: list[str], data: str | None, budget_minutes: float, o
     data_version = f"{first['data']['name']} {first['data']['digest'][:12]}"
     print(f"\n{data_version}, {first['protocol']}, test, {first['users']} users\n", file=sys.stderr)
     print(_markdown(rows, over, metric), file=sys.stderr, flush=True)
+    published = published_rows(first["data"]["name"], first["protocol"])
+    if published:
+        print(f"\n{_published(published, first, metric)}", file=sys.stderr, flush=True)
     return {
         "name": "paper-table",
         "data": first["data"],
         "protocol": first["protocol"],
         "budget_minutes": budget_minutes,
+        "published": published,
         "rows": [
             {
                 "name": row.name,

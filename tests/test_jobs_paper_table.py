@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from jobs import train_user
+from pipeline.published import published_rows
 
 SETS = ("--set", "train.epochs=2", "--set", "evaluate.metric=recall@5")
 
@@ -54,3 +55,14 @@ def test_an_unknown_row_and_a_folder_without_tables_are_named(workspace, tmp_pat
     assert "'ours' is no row" in error["error"]
     error = workspace.fails("paper-table", "--data", str(tmp_path / "nothing"))
     assert "there is no items.parquet" in error["error"]
+
+
+def test_published_rows_stand_beside_the_same_protocol_alone(workspace, embed_here, folder):
+    books = published_rows("amazon2014-book-1m", "leave-last-out")
+    assert {row["method"] for row in books} == {"HSTU-large", "SASRec", "HLLM-1B", "HLLM-7B"}
+    assert all(0.04 < row["recall@10"] < 0.1 and row["source"] for row in books)
+    assert published_rows("amazon2014-book-1m", "sampled 1+20") == []
+    assert published_rows("movielens-100k", "leave-last-out") == []
+    sets = (*SETS, "--set", 'data.name="my-books"')
+    result = workspace.run("paper-table", "--data", folder, *sets, "--only", "popularity")
+    assert result["published"] == books
