@@ -30,6 +30,7 @@ COMMANDS = {
     "releases": ("list releases, show one, promote one, or roll back to the one before", False, False),
     "embed-users": ("the vector of every user, computed where the history or a tower is new", True, False),
     "export-users": ("the newest user vectors as a plain Parquet file of float32 lists", False, False),
+    "forget-user": ("take a user out of everything in the store, and keep the user out", False, False),
     "paper-table": ("the paper's comparison on one data set, a resumable command", False, False),
     "demo": ("every step above on the data of the configuration", False, False),
     "bench": ("a measurement by name", False, False),
@@ -68,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     releases = commands.choices["releases"]
     releases.add_argument("action", choices=("list", "show", "promote", "rollback"))
     releases.add_argument("--release", metavar="ID", help="by default the champion, for show")
+    commands.choices["forget-user"].add_argument(
+        "--user", help="an id as in the feed; without it, finish what was begun and look for what came since"
+    )
     refresh = commands.choices["refresh"]
     refresh.add_argument("--dry-run", action="store_true", help="say what would be done")
     refresh.add_argument("--until", choices=NIGHT, help="end after this step; the next run goes on from there")
@@ -112,6 +116,8 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     own |= {
         key: options[key] for key in ("action", "out", "everyone", "release", "dry_run", "until") if key in options
     }
+    if command == "forget-user":
+        own = {"user": options["user"]}
     if command == "embed-items":
         own = {"plan_only": options["plan"], "allow_full": options["allow_full"]}
     if command == "recommend":

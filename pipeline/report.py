@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 from pipeline.charts import Curve, Series, interval_chart, legend, line_chart
@@ -163,6 +165,19 @@ def _samples(page: Page) -> str:
         for sample in page.samples
     )
     return f"<h2>Samples</h2>{users}"
+
+
+def without_samples(page: str, forgotten: Callable[[str], bool]) -> tuple[str, int]:
+    """A finished page without the samples of some users, and how many these were."""
+    dropped = 0
+
+    def judge(found: re.Match[str]) -> str:
+        nonlocal dropped
+        gone = forgotten(unescape(found[1]))
+        dropped += gone
+        return "" if gone else found[0]
+
+    return re.sub(r"<article><h3>user (.*?)</h3>.*?</article>", judge, page, flags=re.DOTALL), dropped
 
 
 def _notes(page: Page) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.files import write_file
 from schemas.errors import NotFoundError, TrackingError
 
 EXPERIMENT = "hllm"
@@ -159,6 +161,39 @@ class Tracker:
         """(step, value) of a figure that a run logged, in order; empty where it did not."""
         points = self._client.get_metric_history(run_id, name.replace("@", "_at_"))
         return sorted((int(point.step), float(point.value)) for point in points)
+
+    def artifacts(self, names: frozenset[str]) -> Iterator[tuple[str, str]]:
+        """(run id, file name) of every run's artifacts of these names; deleted and failed runs too."""
+        from mlflow.entities import ViewType
+
+        token = None
+        with known_error(f"the artifacts of MLflow at {without_secrets(self.uri)}"):
+            while True:
+                page = self._client.search_runs(
+                    [self._experiment_id()], run_view_type=ViewType.ALL, max_results=500, page_token=token
+                )
+                for run in page:
+                    for each in self._client.list_artifacts(run.info.run_id):
+                        if each.path in names:
+                            yield run.info.run_id, each.path
+                token = page.token
+                if not token:
+                    return
+
+    def read_bytes(self, run_id: str, name: str) -> bytes:
+        """An artifact of a run as it is."""
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
+
+    def replace_artifact(self, run_id: str, name: str, data: bytes) -> None:
+        """Put another file in the place of an artifact; on a local disk a reader sees the one or the other."""
+        where = str(self._client.get_run(run_id).info.artifact_uri)
+        if where.startswith(("file:", "/")):
+            write_file(Path(urllib.parse.unquote(where.removeprefix("file://"))) / name, data)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / name).write_bytes(data)
+            self._client.log_artifact(run_id, str(Path(folder) / name))
 
     def read_json(self, run_id: str, name: str) -> Any:
         """A JSON artifact of a run."""
