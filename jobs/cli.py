@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from pipeline.files import disk_broken, disk_full
 from schemas.errors import PipelineError
+from schemas.secrets import redact
 
 # command -> (what it does, does it take --snapshot, does it take --split)
 COMMANDS = {
@@ -140,8 +143,35 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+class _Masked(logging.LogRecord):
+    """What any library logs, without secrets."""
+
+    def getMessage(self) -> str:
+        """The message, its arguments put in."""
+        return redact(super().getMessage())
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """An error that nobody expected, at full length and without secrets."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _keep_secrets() -> None:
+    logging.setLogRecordFactory(_Masked)
+    sys.excepthook = _traceback
+
+
+def _stay_local() -> None:
+    """A Ray session of this machine alone listens on the loopback address alone; Ray reads this when it is imported.
+
+    Without it Ray listens on every address, and whoever reaches a port can run code (docs.ray.io, Security).
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 def _fail(message: str, kind: str) -> None:
-    line = " ".join(message.split())
+    line = redact(" ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     print(json.dumps({"error": line, "kind": kind}))
 
@@ -173,9 +203,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a known error, 2 usage (argparse), 3 held, 130 interrupted; else a traceback."""
     arguments = build_parser().parse_args(argv)
     _quiet()
+    _keep_secrets()
+    _stay_local()
     with _OneLine() as outcome:
         result = _job(arguments)()
-        print(json.dumps(result), flush=True)
+        print(redact(json.dumps(result)), flush=True)
         outcome.status = HELD if result.get("held_by") else 0
     return outcome.status
 

@@ -21,6 +21,7 @@ from pipeline.splits import Split
 from pipeline.tracking import FoundRun
 from schemas import tables
 from schemas.errors import NotFoundError, StoreError
+from schemas.secrets import redact
 
 # what must be the same of all runs of a table; figures that differ in one of these say nothing about the runs
 SAME = ("protocol", "split", "data", "users")
@@ -154,7 +155,7 @@ def run(context: Context, split: Split = "test") -> dict[str, Any]:
     )
     path = context.store.root / "reports" / f"{data.name}-{context.config.evaluate.protocol}-{split}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, page.encode())
+    write_file(path, redact(page).encode())
     tags = {"dataset": data.digest, "data": data.name, "protocol": results[0]["protocol"], "split": split}
     with context.tracker.run("compare-runs", "comparison", context.settings("evaluate", "data"), tags) as logged:
         logged.artifact("report.html", page)

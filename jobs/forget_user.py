@@ -192,8 +192,8 @@ def trained_on(context: Context) -> dict[str, list[str]]:
 
 
 REMAINS = """What remains, and what to do about it:
-- Weights: {item_towers} item towers and {user_towers} user towers in the store were trained on data that held users who
-  are forgotten now; their weights are as they were. Run tune-items and train-user to have others.
+- Weights: {item_towers} item towers and {user_towers} user towers in the store were trained on data that held users
+  who are forgotten now; their weights are as they were. Run tune-items and train-user to have others.
 - Figures: metrics, intervals and gates that were computed with these users, in MLflow and in records.
 - The list itself: a hash of each user's id, against which a known id can be checked.
 - Beyond the store: the files of the feed, exports, backups, earlier versions that a bucket keeps, local copies of a
@@ -201,7 +201,7 @@ REMAINS = """What remains, and what to do about it:
 
 
 def run(context: Context, user: str | None = None) -> dict[str, Any]:
-    """Forget a user; without one, everybody on the list again: after a kill, or for what other commands wrote meanwhile.
+    """Forget a user; without one, everybody on the list again: after a kill, or for what others wrote meanwhile.
 
     A rerun finds nothing. Raises ConfigError, DataError (nobody else in a data set), ReleaseError (a refresh is
     running), StoreError, TrackingError; then the next run goes on.

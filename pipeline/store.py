@@ -27,7 +27,7 @@ from pipeline.files import (
     sweep,
     write_file,
 )
-from schemas.errors import NotFoundError, StoreError
+from schemas.errors import ConfigError, NotFoundError, StoreError
 from schemas.hashing import hash_texts
 from schemas.records import (
     Dataset,
@@ -40,6 +40,7 @@ from schemas.records import (
     UserTower,
     UserVectors,
 )
+from schemas.secrets import redact
 
 R = TypeVar("R", bound=Record)
 
@@ -338,6 +339,8 @@ def open_store(where: str) -> Store:
     """The store at a path, or at a bucket's URL; the copies of the latter lie under XDG_CACHE_HOME (~/.cache)."""
     if "://" not in where:
         return Store(Path(where))
+    if redact(where) != where:
+        raise ConfigError(f"store = {where!r}: an address must hold no secrets; set them in the environment (README)")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     url = where.rstrip("/")
     name = "-".join(part for part in url.split("://")[1].split("/") if part)

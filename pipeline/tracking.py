@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.files import write_file
 from schemas.errors import NotFoundError, TrackingError
+from schemas.secrets import redact
 
 EXPERIMENT = "hllm"
 
@@ -79,14 +80,14 @@ class Run:
     def tags(self, values: dict[str, str]) -> None:
         """Set tags."""
         for name, value in values.items():
-            self._client.set_tag(self.run_id, name, value)
+            self._client.set_tag(self.run_id, name, redact(value))
 
     def artifact(self, name: str, content: str | pa.Table) -> None:
         """Log text, or an Arrow table as Parquet, under a file name."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             if isinstance(content, str):
-                path.write_text(content)
+                path.write_text(redact(content))
             else:
                 pq.write_table(content, path)
             self._client.log_artifact(self.run_id, str(path))
@@ -117,14 +118,15 @@ class Tracker:
 
     def ping(self) -> None:
         """Raises TrackingError when the server does not answer."""
-        with known_error(f"MLflow at {without_secrets(self.uri)}"):
+        with known_error(f"MLflow at {self.uri}"):
             self._client.search_experiments(max_results=1)
 
     def _experiment_id(self) -> str:
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
+        with known_error(f"MLflow at {self.uri}"):
+            found = self._client.get_experiment_by_name(self._experiment)
+            if found is not None:
+                return str(found.experiment_id)
+            return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
 
     @contextmanager
     def run(self, kind: str, name: str, config: dict[str, Any], tags: dict[str, str]) -> Iterator[Run]:
@@ -135,7 +137,9 @@ class Tracker:
         from mlflow.entities import Param
 
         created = self._client.create_run(
-            self._experiment_id(), run_name=name, tags={"kind": kind, "mlflow.runName": name, **tags}
+            self._experiment_id(),
+            run_name=name,
+            tags={key: redact(value) for key, value in {"kind": kind, "mlflow.runName": name, **tags}.items()},
         )
         run = Run(self._client, created.info.run_id)
         status = "FAILED"
@@ -167,7 +171,7 @@ class Tracker:
         from mlflow.entities import ViewType
 
         token = None
-        with known_error(f"the artifacts of MLflow at {without_secrets(self.uri)}"):
+        with known_error(f"the artifacts of MLflow at {self.uri}"):
             while True:
                 page = self._client.search_runs(
                     [self._experiment_id()], run_view_type=ViewType.ALL, max_results=500, page_token=token
@@ -206,15 +210,9 @@ class Tracker:
             return pq.read_table(self._client.download_artifacts(run_id, name, folder))
 
 
-def without_secrets(uri: str) -> str:
-    """A URI without its user and password."""
-    scheme, mark, rest = uri.partition("://")
-    return scheme + mark + rest.rpartition("@")[2] if "@" in rest.split("/")[0] else uri
-
-
 def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", str(value)[:500]
+            yield f"{prefix}{key}", redact(str(value))[:500]
