@@ -161,6 +161,17 @@ class Tracker:
         runs = self._client.search_runs([self._experiment_id()], wanted, order_by=["attributes.start_time DESC"])
         return [FoundRun(run_id=r.info.run_id, name=r.info.run_name, tags=dict(r.data.tags)) for r in runs]
 
+    def spent(self, run_id: str) -> tuple[float, dict[str, float]] | None:
+        """Seconds from begin to end of a run, and its last figures; None where it is gone or has not ended."""
+        try:
+            with known_error(f"run {run_id}"):
+                found = self._client.get_run(run_id)
+        except NotFoundError:
+            return None
+        if found.info.end_time is None:
+            return None
+        return (found.info.end_time - found.info.start_time) / 1000, dict(found.data.metrics)
+
     def curve(self, run_id: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of a figure that a run logged, in order; empty where it did not."""
         points = self._client.get_metric_history(run_id, name.replace("@", "_at_"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from contextlib import contextmanager
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -94,60 +95,69 @@ class Killed(BaseException):
     """As SIGKILL between two changes of the disk or the registry."""
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_killed_after_every_change_it_is_finished_and_readers_never_fail(served, monkeypatch):
-    changes = [
-        (Store, "remove"),
-        (Store, "replace_file"),
-        (Tracker, "replace_artifact"),
-        (Registry, "register"),
-        (Registry, "promote"),
-        (forget_user, "without_events"),
-        (forget_user, "without_users"),
-        (forget_user, "write_file"),
-    ]
-    made = [0]
+class Deaths:
+    """Raises Killed after so many changes; what changes nothing is not counted."""
 
-    def dying(whole):
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.left = 0
+        for owner, name in (
+            (Store, "remove"),
+            (Store, "replace_file"),
+            (Tracker, "replace_artifact"),
+            (Registry, "register"),
+            (Registry, "promote"),
+            (forget_user, "without_events"),
+            (forget_user, "without_users"),
+            (forget_user, "write_file"),
+        ):
+            patch.setattr(owner, name, self.dying(getattr(owner, name), name == "without_events"))
+
+    def dying(self, whole, may_do_nothing):
         def change(*values, **more):
             found = whole(*values, **more)
-            if found is not None or whole.__name__ not in ("without_users",):
-                made[0] += 1
-                if made[0] > budget[0]:
-                    raise Killed
+            self.left -= not (may_do_nothing and found is None)
+            if self.left < 0:
+                raise Killed
             return found
 
         return change
 
-    budget = [0]
-    for owner, name in changes:
-        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+
+@contextmanager
+def readers(workspace):
+    """The champion opened again and again while the block runs; yields what failed."""
     failures: list[BaseException] = []
     ended = threading.Event()
 
     def read() -> None:
         while not ended.is_set():
             try:
-                opened = champion(served)
+                opened = champion(workspace)
                 assert len(opened.users) == len(opened.user_vectors) >= 59
             except BaseException as failure:
                 failures.append(failure)
 
     reader = threading.Thread(target=read)
     reader.start()
-    kills = 0
     try:
+        yield failures
+    finally:
+        ended.set()
+        reader.join()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_after_every_change_it_is_finished_and_readers_never_fail(served, monkeypatch):
+    deaths, kills = Deaths(monkeypatch), 0
+    with readers(served) as failures:
         while True:
-            made[0], budget[0] = 0, kills // 2  # each point twice, then one change further
+            deaths.left = kills // 2  # each place twice, then one change further
             try:
                 served.run("forget-user", *NAME, "--user", USER)
                 break
             except Killed:
                 kills += 1
-    finally:
-        ended.set()
-        reader.join()
     assert not failures
     assert kills >= 8
     assert named(served.store) == []
