@@ -227,6 +227,7 @@ class _Night:
             run.metrics(record.metrics | {f"champion_{k}": v for k, v in theirs.get("metrics", {}).items()})
             with store.new(Release, release_id) as folder:
                 write_record(folder, record)
+        record = store.get(Release, release_id)  # a night beside this one may have been faster with the same release
         context.registry.register(record)
         return record, False
 

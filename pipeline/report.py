@@ -31,8 +31,8 @@ FAMILIES = {
 
 COST_NOTE = (
     "Seconds of the newest run of each step that made the row, each on the machine on which it ran; a training "
-    "that was killed and went on counts from then. items/s: texts through the Item LLM when the snapshot was embedded; "
-    "positions/s: through the user tower in training."
+    "that was killed and went on counts from then. items/s: texts through the Item LLM when the snapshot was "
+    "embedded; positions/s: through the user tower in training."
 )
 # heading -> figure of a run's cost: texts embedded and positions trained on
 COSTS = {"items/s": "items_per_second", "positions/s": "positions_per_second"}

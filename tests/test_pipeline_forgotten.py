@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bucket_server import serve
 from conftest import checkerboard
 
 from pipeline.cutoff import forget_cutoffs
 from pipeline.dataset import find_dataset, open_dataset, read_profile, without_users, write_dataset
+from pipeline.files import write_record
 from pipeline.forgotten import FILTER, ForgottenUsers, read_forgotten, remember_forgotten, user_hash
 from pipeline.ingest import ingest
 from pipeline.intake import DataConfig
 from pipeline.report import without_samples
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 from schemas import tables
 from schemas.errors import ConfigError, DataError
 from schemas.records import Dataset, UserTower
@@ -138,7 +143,7 @@ def test_cutoffs_lose_the_row_and_nothing_else(tmp_path):
     folder.mkdir(parents=True)
     assert forget_cutoffs(store, TOWER, forget("u1")) == 0
     rows = {tables.USER_ID: ["u1", "u2"], tables.TIMESTAMP: [1, 2], tables.ITEM_ID: ["a", "b"]}
-    pq.write_table(tables.CUTOFF.empty_table().from_pydict(rows, schema=tables.CUTOFF), folder / "cutoff.parquet")
+    pq.write_table(pa.table(rows, schema=tables.CUTOFF), folder / "cutoff.parquet")
     assert forget_cutoffs(store, TOWER, forget("u1", "u9")) == 1
     assert pq.read_table(folder / "cutoff.parquet").to_pylist() == [
         {tables.USER_ID: "u2", tables.TIMESTAMP: 2, tables.ITEM_ID: "b"}
@@ -151,3 +156,36 @@ def test_a_page_loses_one_sample():
         "<p>u1<article><h3>user c</h3></article></p>",
         1,
     )
+
+
+def test_a_bucket_loses_rows_and_local_copies_too(board, tmp_path, monkeypatch):
+    import boto3
+
+    store, _, record = board
+    with serve() as (address, _):
+        for name, value in {
+            "AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "XDG_CACHE_HOME": str(tmp_path / "copies"),
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="forgetting")
+        bucket = open_store("s3://forgetting/store")
+        assert remember_forgotten(bucket, "u3")
+        with bucket.new(Dataset, record.id) as folder:
+            shutil.copytree(store.folder(record), folder, dirs_exist_ok=True)
+        rows = {tables.USER_ID: ["u3", "u2"], tables.TIMESTAMP: [1, 2], tables.ITEM_ID: ["a", "b"]}
+        with bucket.new(UserTower, TOWER.id) as folder:
+            pq.write_table(
+                tables.CUTOFF.empty_table().from_pydict(rows, schema=tables.CUTOFF), folder / "cutoff.parquet"
+            )
+            write_record(folder, TOWER)
+        forgotten = read_forgotten(bucket)
+        found = without_users(bucket, record, forgotten)
+        bucket.remove(record)
+        assert [each.id for each in bucket.all(Dataset)] == [found.record.id]
+        assert forget_cutoffs(bucket, TOWER, forgotten) == 1
+        assert forget_cutoffs(bucket, TOWER, forgotten) == 0
+        assert pq.read_table(bucket.folder(TOWER) / "cutoff.parquet").column(tables.USER_ID).to_pylist() == ["u2"]
+        events = bucket.folder(found.record) / "interactions.parquet"
+        assert "u3" not in pq.read_table(events).column(tables.USER_ID).to_pylist()
+        assert list((tmp_path / "copies").rglob(record.id)) == []
