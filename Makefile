@@ -12,7 +12,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        embed-users export-users refresh releases mlflow-ui paper-table bench-seeds bench-grid bench-embed \
+        embed-users export-users refresh releases forget-user mlflow-ui paper-table bench-seeds bench-grid bench-embed \
         bench-cache bench-ingest bench-retrieve bench-evaluate test test-all lint types
 
 help: ## list the targets
@@ -66,6 +66,9 @@ refresh: $(STAMP) ## one night, promoted or held (CONFIG=nightly.toml; ARGS=--dr
 
 releases: $(STAMP) ## what was released (ARGS=list, show, promote, rollback)
 	@$(HLLM) releases $(or $(ARGS),list) --config $(CONFIG)
+
+forget-user: $(STAMP) ## take a user out of everything in the store, for good (ARGS="--user ID")
+	@$(call RUN,forget-user)
 
 mlflow-ui: $(STAMP) ## runs and releases in a browser, on this machine alone (STORE=folder)
 	@$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(or $(STORE),store)/mlflow.db}

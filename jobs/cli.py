@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from pipeline.files import disk_broken, disk_full
 from schemas.errors import PipelineError
+from schemas.secrets import redact
 
 # command -> (what it does, does it take --snapshot, does it take --split)
 COMMANDS = {
@@ -30,6 +33,7 @@ COMMANDS = {
     "releases": ("list releases, show one, promote one, or roll back to the one before", False, False),
     "embed-users": ("the vector of every user, computed where the history or a tower is new", True, False),
     "export-users": ("the newest user vectors as a plain Parquet file of float32 lists", False, False),
+    "forget-user": ("take a user out of everything in the store, and keep the user out", False, False),
     "paper-table": ("the paper's comparison on one data set, a resumable command", False, False),
     "demo": ("every step above on the data of the configuration", False, False),
     "bench": ("a measurement by name", False, False),
@@ -68,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     releases = commands.choices["releases"]
     releases.add_argument("action", choices=("list", "show", "promote", "rollback"))
     releases.add_argument("--release", metavar="ID", help="by default the champion, for show")
+    commands.choices["forget-user"].add_argument(
+        "--user", help="an id as in the feed; without it, finish what was begun and look for what came since"
+    )
     refresh = commands.choices["refresh"]
     refresh.add_argument("--dry-run", action="store_true", help="say what would be done")
     refresh.add_argument("--until", choices=NIGHT, help="end after this step; the next run goes on from there")
@@ -112,6 +119,8 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     own |= {
         key: options[key] for key in ("action", "out", "everyone", "release", "dry_run", "until") if key in options
     }
+    if command == "forget-user":
+        own = {"user": options["user"]}
     if command == "embed-items":
         own = {"plan_only": options["plan"], "allow_full": options["allow_full"]}
     if command == "recommend":
@@ -134,8 +143,35 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+class _Masked(logging.LogRecord):
+    """What any library logs, without secrets."""
+
+    def getMessage(self) -> str:
+        """The message, its arguments put in."""
+        return redact(super().getMessage())
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """An error that nobody expected, at full length and without secrets."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _keep_secrets() -> None:
+    logging.setLogRecordFactory(_Masked)
+    sys.excepthook = _traceback
+
+
+def _stay_local() -> None:
+    """A Ray session of this machine alone listens on the loopback address alone; Ray reads this when it is imported.
+
+    Without it Ray listens on every address, and whoever reaches a port can run code (docs.ray.io, Security).
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 def _fail(message: str, kind: str) -> None:
-    line = " ".join(message.split())
+    line = redact(" ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     print(json.dumps({"error": line, "kind": kind}))
 
@@ -167,9 +203,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a known error, 2 usage (argparse), 3 held, 130 interrupted; else a traceback."""
     arguments = build_parser().parse_args(argv)
     _quiet()
+    _keep_secrets()
+    _stay_local()
     with _OneLine() as outcome:
         result = _job(arguments)()
-        print(json.dumps(result), flush=True)
+        print(redact(json.dumps(result)), flush=True)
         outcome.status = HELD if result.get("held_by") else 0
     return outcome.status
 

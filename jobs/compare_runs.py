@@ -21,6 +21,8 @@ from pipeline.splits import Split
 from pipeline.tracking import FoundRun
 from schemas import tables
 from schemas.errors import NotFoundError, StoreError
+from schemas.records import Snapshot
+from schemas.secrets import redact
 
 # what must be the same of all runs of a table; figures that differ in one of these say nothing about the runs
 SAME = ("protocol", "split", "data", "users")
@@ -110,6 +112,44 @@ def _curves(context: Context, found: list[FoundRun], metric: str) -> list[Curve]
     return curves
 
 
+def _embedding(context: Context, snapshot_id: str | None) -> Snapshot | None:
+    """The newest snapshot up to this one for which something was embedded; None where it is gone."""
+    while snapshot_id is not None:
+        found = context.store.all(Snapshot, id=snapshot_id)
+        if not found or found[0].embedded:
+            return found[0] if found else None
+        snapshot_id = found[0].parent
+    return None
+
+
+def cost(context: Context, run: FoundRun) -> dict[str, Any]:
+    """What a row took: seconds of the run of each step behind it, their sum, and the speeds of the two long ones.
+
+    None is what a row does not have, or whose run or snapshot is gone.
+    """
+    embedded = _embedding(context, run.tags.get("snapshot"))
+    towers = [] if embedded is None else context.item_towers(embedded)
+    behind = {
+        "tune-items": towers[-1].run_id if towers else None,
+        "embed-items": None if embedded is None else embedded.run_id,
+        "train-user": run.tags.get("training_run"),
+        "evaluate": run.run_id,
+    }
+    spent = {step: None if run_id is None else context.tracker.spent(run_id) for step, run_id in behind.items()}
+    seconds = {step: round(found[0], 1) for step, found in spent.items() if found is not None}
+
+    def speed(step: str, name: str) -> float | None:
+        found = spent[step]
+        return None if found is None else found[1].get(name)
+
+    return {
+        "items_per_second": speed("embed-items", "items_per_second"),
+        "positions_per_second": speed("train-user", "positions_per_second"),
+        "seconds": seconds,
+        "wall_seconds": round(sum(seconds.values()), 1),
+    }
+
+
 def _read(context: Context, found: list[FoundRun]) -> list[dict[str, Any]]:
     results = [context.tracker.read_json(run.run_id, "result.json") for run in found]
     require_comparable(results)
@@ -127,11 +167,12 @@ def run(context: Context, split: Split = "test") -> dict[str, Any]:
     order = sorted(range(len(unordered)), key=lambda place: (-read[place]["metrics"][metric], unordered[place].name))
     found, results = [unordered[place] for place in order], [read[place] for place in order]
     runs = []
-    for result, behind in zip(results, _against_best(context, found, metric), strict=True):
+    for run, result, behind in zip(found, results, _against_best(context, found, metric), strict=True):
         kept = {
             key: result[key] for key in ("name", "run_id", "users", "metrics", "ci95", "slices", "lists", "cutoff")
         }
-        runs.append({**kept, "behind": behind, "candidates": result["counts"]["candidates"]})
+        own = {"behind": behind, "candidates": result["counts"]["candidates"], "cost": cost(context, run)}
+        runs.append({**kept, **own})
     best, data = found[0], context.dataset.record
     samples = context.tracker.read_json(best.run_id, "samples.json")
     counts = results[0]["counts"]
@@ -154,7 +195,7 @@ def run(context: Context, split: Split = "test") -> dict[str, Any]:
     )
     path = context.store.root / "reports" / f"{data.name}-{context.config.evaluate.protocol}-{split}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, page.encode())
+    write_file(path, redact(page).encode())
     tags = {"dataset": data.digest, "data": data.name, "protocol": results[0]["protocol"], "split": split}
     with context.tracker.run("compare-runs", "comparison", context.settings("evaluate", "data"), tags) as logged:
         logged.artifact("report.html", page)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +24,7 @@ from item_tower.prompt import TemplateConfig
 from jobs.config import Config
 from pipeline.cache import open_snapshot, require_fingerprint
 from pipeline.dataset import OpenDataset, open_dataset
+from pipeline.files import exclusive
 from pipeline.release import Registry, kept_ids
 from pipeline.store import Store, open_store
 from pipeline.tracking import Tracker
@@ -50,6 +55,21 @@ def inputs_hash(*parts: str | BaseModel | None) -> str:
     for part in parts:
         digest.add(json.dumps(part.model_dump(mode="json") if isinstance(part, BaseModel) else part))
     return digest.hexdigest()
+
+
+@contextmanager
+def checkpoint_folder(store: Store, inputs: str) -> Iterator[Path]:
+    """Where a training keeps its checkpoints: where a killed one of the same inputs left them; while another process
+    is at the same training a temporary folder, since two writers would mix theirs."""
+    place = store.root / "checkpoints" / inputs
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun: these processes write together
+        yield place
+        return
+    lock = place.with_name(f"{inputs}.lock")
+    with exclusive(lock) as ours, tempfile.TemporaryDirectory() as aside:
+        yield place if ours else Path(aside)
+        if ours:
+            lock.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

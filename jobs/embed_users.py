@@ -91,6 +91,11 @@ def _answers(context: Context, arguments: dict[str, Any], fresh: list[IntArray])
     return _on_ray(config, {**arguments, "threads": 1}, windows)
 
 
+def table_inputs(user_tower: str, item_tower: str | None, content: str | None, dataset: str) -> str:
+    """Hash of all that decides a table: the towers' fingerprints, the snapshot's content, the data version."""
+    return inputs_hash(user_tower, item_tower, content, dataset, DTYPE)
+
+
 def run(
     context: Context, snapshot: str | None = None, tower: str | None = None, everyone: bool = False
 ) -> dict[str, Any]:
@@ -102,7 +107,7 @@ def run(
     serving = context.serving_tower(snapshot, tower)
     content = serving.snapshot.content_digest if serving.snapshot else None
     digest, made = context.dataset_record.digest, serving.record.fingerprint
-    inputs = inputs_hash(made, serving.record.item_fingerprint, content, digest, DTYPE)
+    inputs = table_inputs(made, serving.record.item_fingerprint, content, digest)
     found = store.newest(UserVectors, inputs=inputs)
     if found is not None:
         return _report(found, 0, found.users, 0, started, reused=True)

@@ -17,14 +17,14 @@ from jobs.train_user import catalog_rows
 from pipeline.baselines import ItemKNN, Popularity, Recommender, TowerRecommender
 from pipeline.cache import read_items
 from pipeline.cutoff import seen_targets
-from pipeline.dataset import OpenDataset, open_dataset
+from pipeline.dataset import OpenDataset, find_dataset, open_dataset
 from pipeline.evaluate import EvaluateConfig, Pool, Ranks, rank_users, top_items
 from pipeline.metrics import FloatArray, IntArray, Interval, intervals, per_user
 from pipeline.slices import list_figures, profile_popularity, slice_values, target_slices
 from pipeline.splits import Queries, Split, protocol_label, queries, training_label, training_part, with_negatives
 from schemas import tables
 from schemas.errors import ConfigError, DataError
-from schemas.records import Dataset, ItemTower, Snapshot, UserTower
+from schemas.records import ItemTower, Snapshot, UserTower
 from user_tower.sequences import Histories
 
 BASELINES: dict[str, Callable[[Histories, int], Recommender]] = {"popularity": Popularity, "item-knn": ItemKNN}
@@ -131,11 +131,11 @@ def _tuned_items(context: Context, snapshot: Snapshot | None) -> NDArray[np.bool
     towers = context.item_towers(snapshot)
     if not towers:
         return None
-    found = context.store.all(Dataset, digest=towers[-1].dataset)
-    if not found:
+    found = find_dataset(context.store, towers[-1].dataset)
+    if found is None:
         return None
-    same = found[-1].digest == context.dataset.record.digest
-    data: OpenDataset = context.dataset if same else open_dataset(context.store, found[-1])
+    same = found.digest == context.dataset.record.digest
+    data: OpenDataset = context.dataset if same else open_dataset(context.store, found)
     if not towers[-1].split.startswith(training_label(data.histories, context.config.evaluate)):
         return None
     training, ids = training_part(data.histories, context.config.evaluate), data.item_ids

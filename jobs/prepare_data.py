@@ -10,6 +10,7 @@ from item_tower.encoder import tokenise_texts
 from jobs.context import Context
 from pipeline.dataset import catalog_file, read_profile, write_dataset
 from pipeline.download import fetch_movielens
+from pipeline.forgotten import read_forgotten
 from pipeline.ingest import ingest
 from pipeline.profile import CountTokens, profile
 from schemas.errors import ConfigError
@@ -37,7 +38,7 @@ def run(context: Context) -> dict[str, Any]:
     if config.download == "movielens-100k" and not config.items.exists():
         fetch_movielens(config.items.parent)
     before = store.newest(Dataset, name=config.name)
-    clean = ingest(config, None if before is None else catalog_file(store, before))
+    clean = ingest(config, None if before is None else catalog_file(store, before), read_forgotten(store))
 
     def describe() -> dict[str, Any]:
         then = {} if before is None else read_profile(store, before)

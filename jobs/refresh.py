@@ -19,9 +19,10 @@ from jobs.config import Config
 from jobs.context import Context, TowerInForce, inputs_hash
 from jobs.release_check import Candidate, data_gates, index_gate, quality_gates
 from pipeline.cleanup import clean
+from pipeline.dataset import find_dataset
 from pipeline.files import exclusive, next_created_at, write_record
 from pipeline.oplog import Step, StepLog, write_metrics
-from pipeline.release import ARTIFACT, Parts, describe
+from pipeline.release import ARTIFACT, Parts, current_release, describe
 from pipeline.release_gates import Gate, held_by
 from schemas.errors import ConfigError, NotFoundError, StoreError
 from schemas.records import Dataset, Index, Release, Snapshot, UserTower, UserVectors
@@ -65,7 +66,7 @@ def why_train(context: Context, fingerprint: str | None) -> str | None:
     days = (now.created_at - newest.created_at) / _DAY
     if days >= config.train_days:
         return f"the newest user tower is {days:.1f} days old"
-    trained = store.newest(Dataset, digest=newest.dataset)
+    trained = find_dataset(store, newest.dataset)
     grown = now.interactions / trained.interactions - 1 if trained else 0.0
     return f"the events grew by {grown:.1%}" if grown >= config.train_share else None
 
@@ -186,15 +187,7 @@ class _Night:
         store, config = context.store, self.config
         config_hash = inputs_hash(config.evaluate, config.refresh.gates, config.index, config.retention)
         snapshot = parts.snapshot
-        release_id = inputs_hash(
-            candidate.dataset.digest,
-            None if snapshot is None else snapshot.content_digest,
-            parts.user_tower.fingerprint,
-            parts.index.inputs,
-            parts.user_vectors.inputs,
-            config.refresh.model,
-            config_hash,
-        )
+        release_id = name_release(candidate.dataset.digest, parts, config.refresh.model, config_hash)
         found = store.all(Release, id=release_id)
         champion_id = context.registry.champion()
         if found:
@@ -234,6 +227,7 @@ class _Night:
             run.metrics(record.metrics | {f"champion_{k}": v for k, v in theirs.get("metrics", {}).items()})
             with store.new(Release, release_id) as folder:
                 write_record(folder, record)
+        record = store.get(Release, release_id)  # a night beside this one may have been faster with the same release
         context.registry.register(record)
         return record, False
 
@@ -249,9 +243,23 @@ class _Night:
         if holding:
             return False, holding
         with self.log.step("promote") as step:
-            registry.promote(record.id, record.champion)
+            expected = None if record.champion is None else current_release(context.store, record.champion).id
+            registry.promote(record.id, expected)
             step.counts(release=record.id)
         return True, []
+
+
+def name_release(dataset: str, parts: Parts, model: str, config_hash: str) -> str:
+    """The id of a release: the hash of its inputs. dataset: the data version."""
+    return inputs_hash(
+        dataset,
+        None if parts.snapshot is None else parts.snapshot.content_digest,
+        parts.user_tower.fingerprint,
+        parts.index.inputs,
+        parts.user_vectors.inputs,
+        model,
+        config_hash,
+    )
 
 
 def _tuned(context: Context, snapshot: Snapshot | None) -> str | None:

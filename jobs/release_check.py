@@ -10,7 +10,7 @@ import numpy as np
 from jobs import evaluate
 from jobs.context import Context
 from pipeline.cache import read_items
-from pipeline.dataset import read_profile
+from pipeline.dataset import find_dataset, read_profile
 from pipeline.metrics import FloatArray, per_user
 from pipeline.release_gates import Gate, ReleaseGates, at_least, at_most, change, non_inferior, slices_not_worse
 from pipeline.slices import target_slices
@@ -35,7 +35,7 @@ class Candidate:
 def data_gates(context: Context, candidate: Candidate, champion: Release | None) -> list[Gate]:
     """Coverage, drift of the input and freshness. What there is nothing to compare with passes as ``first``."""
     limits, now = context.config.refresh.gates, candidate.dataset
-    then = None if champion is None else context.store.newest(Dataset, digest=champion.dataset)
+    then = None if champion is None else find_dataset(context.store, champion.dataset)
     profile = read_profile(context.store, now)
     before = None if then is None else read_profile(context.store, then)
     snapshot = candidate.snapshot

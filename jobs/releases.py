@@ -8,13 +8,14 @@ from typing import Any
 
 from jobs.context import Context
 from pipeline.files import exclusive
-from pipeline.release import find_parts, open_parts
+from pipeline.release import current_release, find_parts, open_parts
 from schemas.errors import ConfigError, ReleaseError
 from schemas.records import Release
 
 
 @contextmanager
-def _alone(context: Context) -> Iterator[None]:
+def alone(context: Context) -> Iterator[None]:
+    """Keep refreshes of a local store away while the block runs. Raises ReleaseError where one is running."""
     if "://" in context.store.url:
         yield
         return
@@ -42,15 +43,15 @@ def run(context: Context, action: str, release: str | None) -> dict[str, Any]:
         return {"releases": [record.model_dump()], "champion": registry.champion(), "users": len(found.users)}
     if action == "promote":
         record = _one(context, release, action)
-        with _alone(context):
+        with alone(context):
             find_parts(store, record).require_match()
             registry.promote(record.id, registry.champion())
     if action == "rollback":
-        with _alone(context):
+        with alone(context):
             current = _one(context, registry.champion(), "rollback: there is no champion,")
             if current.champion is None:
                 raise ReleaseError(f"release {current.id} is the first one; there is none before it")
-            before = store.get(Release, current.champion)
+            before = current_release(store, current.champion)
             find_parts(store, before).require_match()
             registry.withdraw(current.id)
             registry.promote(before.id, current.id)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from item_tower.encoder import default_device
-from jobs.context import Context, inputs_hash
+from jobs.context import Context, checkpoint_folder, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import open_snapshot
 from pipeline.cutoff import write_cutoff
@@ -172,12 +172,17 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     config, store = context.config, context.store
     features = open_features(context, snapshot)
     content = features.snapshot.content_digest if features.snapshot else None
-    digest = context.dataset.record.digest
-    inputs = inputs_hash(digest, content, config.user_tower, config.train, config.evaluate)
+    inputs = inputs_hash(context.dataset.record.digest, content, config.user_tower, config.train, config.evaluate)
     earlier = store.all(UserTower, name=config.name)
     if earlier and earlier[-1].inputs == inputs:
         return _report(earlier[-1], reused=True)
-    checkpoints = store.root / "checkpoints" / inputs
+    with checkpoint_folder(store, inputs) as checkpoints:
+        return _make(context, features, inputs, checkpoints)
+
+
+def _make(context: Context, features: Features, inputs: str, checkpoints: Path) -> dict[str, Any]:
+    config, store, digest = context.config, context.store, context.dataset.record.digest
+    earlier = store.all(UserTower, name=config.name)
     parent = find_parent(context, features)
     start = parent.tower if parent else None
     if not is_main_process():

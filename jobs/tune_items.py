@@ -18,7 +18,7 @@ from item_tower.embed import encode_texts
 from item_tower.encoder import ItemEncoder, default_device
 from item_tower.fingerprint import fingerprint
 from item_tower.prompt import TemplateConfig, apply_empty_policy, content_keys, render
-from jobs.context import Context, inputs_hash
+from jobs.context import Context, checkpoint_folder, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.cutoff import write_cutoff
 from pipeline.evaluate import rank_targets
@@ -154,7 +154,13 @@ def run(context: Context) -> dict[str, Any]:
     earlier = store.all(ItemTower, name=NAME)
     if earlier and earlier[-1].inputs == inputs:
         return _report(earlier[-1], reused=True)
-    checkpoints = store.root / "checkpoints" / inputs
+    with checkpoint_folder(store, inputs) as checkpoints:
+        return _make(context, encoder, inputs, checkpoints)
+
+
+def _make(context: Context, encoder: ItemEncoder, inputs: str, checkpoints: Path) -> dict[str, Any]:
+    config, store = context.config, context.store
+    earlier = store.all(ItemTower, name=NAME)
     corpus = open_corpus(context, encoder.template)
     if not is_main_process():
         _tune(context, encoder, corpus, checkpoints)

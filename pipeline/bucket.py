@@ -119,6 +119,11 @@ class Bucket:
                 if self.read(name) != content:  # else it is ours: the first answer was lost, and the put repeated
                     raise StoreError(f"{self.url}/{name} is another run's; run the command again") from error
 
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Put an object in the place of another; a reader sees the one or the other."""
+        with self._named(name):
+            obstore.put(self._store, name, data)
+
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; those that are not there do not matter."""
         with self._named(", ".join(names[:1])):

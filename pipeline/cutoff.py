@@ -9,9 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.forgotten import ForgottenUsers
 from pipeline.splits import Queries
+from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
+from schemas.records import ItemTower, UserTower
 from user_tower.sequences import Histories, IntArray
 
 _FILE = "cutoff.parquet"
@@ -81,3 +84,21 @@ def seen_targets(folder: Path, questions: Queries, histories: Histories, item_id
     until = np.array([seen[user] for user in questions.histories.users], dtype=np.int64)
     found: NDArray[np.bool_] = questions.numbers < until[questions.owners]
     return found
+
+
+def forget_cutoffs(store: Store, tower: ItemTower | UserTower, forgotten: ForgottenUsers) -> int:
+    """Take users out of the table beside a tower; how many it had. The file is replaced in place: no checksum covers
+    it, and the weights and the tower's id stay. Raises StoreError when it is damaged."""
+    data = store.read_file(tower, _FILE)
+    if data is None:
+        return 0
+    try:
+        table = pq.read_table(pa.BufferReader(data), schema=tables.CUTOFF)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{_FILE} of {tower.id} cannot be read: {error}; {store.way_out(tower)}") from error
+    gone = forgotten.mask(table.column(tables.USER_ID).to_pylist())
+    if gone.any():
+        out = pa.BufferOutputStream()
+        pq.write_table(table.filter(pa.array(~gone)), out)
+        store.replace_file(tower, _FILE, out.getvalue().to_pybytes())
+    return int(gone.sum())

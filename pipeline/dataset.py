@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.catalog import SLICE_ROWS
 from pipeline.columns import as_milliseconds
-from pipeline.events import Events
+from pipeline.events import EventBuilder, Events
 from pipeline.files import next_created_at, record_id, write_file, write_record
+from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.ingest import CleanTables
 from pipeline.intake import to_arrow
+from pipeline.profile import describe_events
 from pipeline.store import Store
 from schemas import tables
-from schemas.errors import ConfigError, StoreError
-from schemas.hashing import Digest
+from schemas.errors import ConfigError, DataError, StoreError
+from schemas.hashing import Digest, hash_texts
 from schemas.records import Dataset
 from user_tower.sequences import Histories
 
@@ -155,3 +159,78 @@ def _histories(items: pa.Table, events: pa.Table) -> Histories:
         rows["catalog_row"].to_numpy().astype(np.int64),
         rows[tables.TIMESTAMP].to_numpy().astype(np.int64),
     )
+
+
+def find_dataset(store: Store, digest: str) -> Dataset | None:
+    """The newest data set of that version, or what stands for it since users were forgotten; None: it is gone."""
+    found = [record for record in store.all(Dataset) if digest == record.digest or digest in record.replaces]
+    return next((record for record in reversed(found) if record.digest == digest), found[-1] if found else None)
+
+
+class Rewritten(NamedTuple):
+    """A data set without forgotten users. interactions, quarantined: rows that are left out."""
+
+    record: Dataset
+    interactions: int
+    quarantined: int
+
+
+def without_users(store: Store, record: Dataset, forgotten: ForgottenUsers) -> Rewritten | None:
+    """Publish the data set again without these users; None where it has no row of them.
+
+    Its version is the one that prepare-data gives the same files from now on. What it stands for is left in place.
+    Raises DataError when nobody else is in it, StoreError when it is damaged.
+    """
+    folder = store.folder(record)
+    path = folder / "interactions.parquet"
+    try:
+        rejected = pq.read_table(folder / "quarantine.parquet")
+        users = pc.unique(pq.read_table(path, columns=[tables.USER_ID]).column(0)).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"data set {folder} cannot be read: {error}; restore it, or remove its folder") from error
+    keep = np.array([not forgotten.in_row(raw) for raw in rejected.column(tables.RAW).to_pylist()], dtype=bool)
+    if keep.all() and not forgotten.mask(users).any():
+        return None
+    before = _read_events(path)
+    gone = forgotten.mask(before.names[tables.USER_ID].to_pylist())
+    events = before.where(~gone[before.rows[tables.USER_ID].to_numpy()]).compact()
+    if not len(events):
+        raise DataError(f"data set {record.id} holds nobody else; remove {folder}, and what was made of it")
+    kept = rejected.filter(pa.array(keep))
+    counts = Rewritten(record, len(before) - len(events), rejected.num_rows - kept.num_rows)
+    digest = data_digest(pl.read_parquet(folder / "items.parquet"), events)
+    filtered = record.filtered | {FILTER: record.filtered.get(FILTER, 0) + counts.interactions + counts.quarantined}
+    new = record.model_copy(
+        update={
+            # the version alone may be the same: where only a rejected row goes
+            "id": record_id(record.created_at, hash_texts(digest, record.id).hex()),
+            "digest": digest,
+            "users": events.count(tables.USER_ID),
+            "interactions": len(events),
+            "quarantined": kept.num_rows,
+            "filtered": filtered,
+            "watermark": int(events.rows[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
+            "replaces": (*record.replaces, *((record.digest,) if digest != record.digest else ())),
+        }
+    )
+    profile = read_profile(store, record)
+    if profile:
+        reasons = pc.value_counts(kept.column(tables.REASON)).to_pylist()
+        profile["quarantined"] = {each["values"]: each["counts"] for each in reasons}
+        profile |= {"filtered": filtered, "interactions": describe_events(events)}
+    if not store.all(Dataset, id=new.id):
+        with store.new(Dataset, new.id) as aside:
+            shutil.copyfile(folder / "items.parquet", aside / "items.parquet")
+            _write_slices(aside / "interactions.parquet", events.slices())
+            pq.write_table(kept, aside / "quarantine.parquet")
+            write_file(aside / PROFILE, json.dumps(profile, indent=1).encode())
+            write_record(aside, new)
+    return counts._replace(record=new)
+
+
+def _read_events(path: Path) -> Events:
+    builder = EventBuilder()
+    with pq.ParquetFile(path) as file:
+        for part in file.iter_batches(1 << 20):
+            builder.add(pl.DataFrame(pa.Table.from_batches([part])))
+    return builder.build()

@@ -60,11 +60,14 @@ class Events:
     def compact(self) -> Events:
         """Without the names that no event has any more."""
         names, columns = {}, []
-        for column in (tables.USER_ID, tables.ITEM_ID):
-            used = self.counts(column) > 0
-            codes = (np.cumsum(used) - 1).astype(np.int32)[self.rows[column].to_numpy()]
+        for column in _CODED:
+            if self.rows[column].dtype == pl.Null:
+                continue
+            used = np.zeros(len(self.names[column]), dtype=bool)
+            used[self.rows[column].drop_nulls().to_numpy()] = True
+            codes = pl.Series(column, (np.cumsum(used) - 1).astype(np.int32))
             names[column] = self.names[column].filter(pa.array(used))
-            columns.append(pl.Series(column, codes))
+            columns.append(codes.gather(self.rows[column]))
         return Events(self.rows.with_columns(columns), self.names | names)
 
     def slices(self) -> Iterator[pa.Table]:

@@ -15,6 +15,7 @@ import polars as pl
 from pipeline.columns import as_id, as_milliseconds, as_number, as_text, time_reason
 from pipeline.events import EventBuilder, Events, order_events
 from pipeline.filters import apply, event_filter, first_events, k_core
+from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.importers import Delivery, Kind, delivery, read_file
 from pipeline.intake import QUARANTINE, DataConfig, Intake, column_of, id_reason, require
 from pipeline.items import carry, clean_items
@@ -152,9 +153,12 @@ def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, know
     counts = intake.filtered
 
     def left(name: str, kept: Events) -> Events:
-        counts[name] = len(events) - len(kept)
+        counts[name] = counts.get(name, 0) + len(events) - len(kept)
         return kept
 
+    if intake.forgotten:
+        gone = intake.forgotten.mask(events.names[tables.USER_ID].to_pylist())
+        events = left(FILTER, events.where(~gone[events.rows[tables.USER_ID].to_numpy()]))
     events = left("unknown items", events.where(_check_unknown(events, known, config)))
     events = left("interaction copies", order_events(events)[0])
     if config.filters.first_only:
@@ -167,14 +171,15 @@ def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, know
     return events.compact()
 
 
-def ingest(config: DataConfig, previous: Path | None = None) -> CleanTables:
+def ingest(config: DataConfig, previous: Path | None = None, forgotten: ForgottenUsers | None = None) -> CleanTables:
     """Read, check, filter and order both tables, the catalog first. Raises DataError; publishes nothing.
 
     previous: the catalog file of the data set before, from which items that left the feed are carried over while
-    an interaction names them.
+    an interaction names them; forgotten: users whose rows are left out and counted.
     """
+    without = forgotten or ForgottenUsers(())
     with tempfile.TemporaryDirectory(prefix="hllm-ingest-") as folder:
-        intakes = {kind: Intake(kind, config, Path(folder)) for kind in ("items", "interactions")}
+        intakes = {kind: Intake(kind, config, Path(folder), without) for kind in ("items", "interactions")}
         deliveries: dict[Kind, Delivery] = {
             "items": delivery(config.items, "items"),
             "interactions": delivery(config.interactions, "interactions"),

@@ -12,6 +12,7 @@ from polars.expr.whenthen import Then
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.filters import FilterConfig
+from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.importers import Format, Kind
 from pipeline.readers import ROW, Part, as_json
 from schemas import tables
@@ -52,6 +53,7 @@ class Intake:
     kind: Kind
     config: DataConfig
     spool: Path
+    forgotten: ForgottenUsers = field(default_factory=lambda: ForgottenUsers(()))
     rows_in: int = 0
     rejected: int = 0
     filtered: dict[str, int] = field(default_factory=dict)
@@ -73,7 +75,12 @@ class Intake:
             raise DataError(f"the files of data.{self.kind} contradict each other in a type: {error}") from error
 
     def reject(self, path: Path, numbers: list[int], reasons: list[str], raws: list[str]) -> None:
-        """Put rejected rows aside."""
+        """Put rejected rows aside, but for those of forgotten users, which are counted with their events."""
+        if self.kind == "interactions" and self.forgotten:
+            kept = [place for place, raw in enumerate(raws) if not self.forgotten.in_row(raw)]
+            self.filtered[FILTER] = self.filtered.get(FILTER, 0) + len(raws) - len(kept)
+            numbers = [numbers[place] for place in kept]
+            reasons, raws = [reasons[place] for place in kept], [raws[place] for place in kept]
         self.rejected += len(numbers)
         data = [[str(path)] * len(numbers), numbers, reasons, raws]
         self.save(pl.DataFrame(data, schema=QUARANTINE, orient="col"), "rejected")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_file
+from schemas.secrets import redact
 
 
 class Step:
@@ -39,7 +40,7 @@ class StepLog:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = json.dumps({"time": moment, "run": self._run, "event": event, **values})
         with self._path.open("a") as file:
-            file.write(line + "\n")
+            file.write(redact(line) + "\n")
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
@@ -66,7 +67,7 @@ def write_metrics(path: Path, values: dict[str, tuple[str, float]], labels: dict
     for name, (text, value) in values.items():
         lines += [f"# HELP hllm_{name} {text}", f"# TYPE hllm_{name} gauge", f"hllm_{name}{{{spelled}}} {value!r}"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, ("\n".join(lines) + "\n").encode())
+    write_file(path, redact("\n".join(lines) + "\n").encode())
 
 
 def _escape(value: str) -> str:

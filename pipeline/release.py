@@ -21,7 +21,7 @@ from pipeline.matrix import ItemMatrix
 from pipeline.store import Store, open_store
 from pipeline.tracking import known_error, open_client
 from pipeline.users import open_user_vectors
-from schemas.errors import NotFoundError, ReleaseError
+from schemas.errors import NotFoundError, ReleaseError, StoreError
 from schemas.records import Index, Release, Snapshot, UserTower, UserVectors
 from user_tower.model import UserTower as UserTowerModel
 
@@ -113,6 +113,7 @@ def open_release(uri: str, tracking_uri: str | None = None) -> OpenRelease:
     folder of one in a store; read whole and checked.
 
     tracking_uri: of the registry; by default MLFLOW_TRACKING_URI. Raises NotFoundError, ReleaseError, StoreError.
+    An alias that moves meanwhile is followed: what it named before may be taken away then (``hllm forget-user``).
     """
     if not uri.startswith("models:/"):
         folder = Path(uri)
@@ -120,13 +121,27 @@ def open_release(uri: str, tracking_uri: str | None = None) -> OpenRelease:
         return open_parts(store, store.get(Release, folder.name))
     name = uri.removeprefix("models:/")
     client = open_client(tracking_uri)
-    with known_error(f"{uri} in the registry"):
+    version = _version(client, name)
+    while True:
+        try:
+            return _open_version(client, uri, version)
+        except (NotFoundError, ReleaseError, StoreError):
+            before, version = version, _version(client, name)
+            if version.version == before.version:
+                raise
+
+
+def _version(client: Any, name: str) -> Any:
+    """The model version of ``NAME@alias`` or ``NAME/3``. Raises NotFoundError, TrackingError."""
+    with known_error(f"models:/{name} in the registry"):
         if "@" in name:
-            version = client.get_model_version_by_alias(*name.split("@", 1))
-        else:
-            version = client.get_model_version(*name.split("/", 1))
-        with tempfile.TemporaryDirectory() as aside:
-            found = json.loads(Path(client.download_artifacts(version.run_id, ARTIFACT, aside)).read_text())
+            return client.get_model_version_by_alias(*name.split("@", 1))
+        return client.get_model_version(*name.split("/", 1))
+
+
+def _open_version(client: Any, uri: str, version: Any) -> OpenRelease:
+    with known_error(f"{uri} in the registry"), tempfile.TemporaryDirectory() as aside:
+        found = json.loads(Path(client.download_artifacts(version.run_id, ARTIFACT, aside)).read_text())
     record = parse_record(json.dumps(found["release"]).encode(), f"{uri}: {ARTIFACT}", Release)
     store = open_store(found["store"])
     if store.get(Release, record.id) != record:
@@ -220,6 +235,23 @@ class Registry:
         if after != release:
             raise ReleaseError(f"the champion is {after} right after {release} was promoted; somebody else promoted")
 
+    def replace(self, old: str, new: Release) -> None:
+        """Put a release in the place of another one: the alias and the times go over, then the old version goes.
+
+        Can be repeated after a kill at any moment. Raises ReleaseError, TrackingError.
+        """
+        known = self.find(old)
+        if known is None:  # never registered, or replaced before
+            return
+        version = str(self.register(new))
+        if self.champion() == old:
+            self.promote(new.id, old)
+        with known_error(f"model {self.name} in the registry"):
+            for tag in (_PROMOTED, _WITHDRAWN):
+                if known[tag]:
+                    self._client.set_model_version_tag(self.name, version, tag, known[tag])
+            self._client.delete_model_version(self.name, str(known["version"]))
+
     def withdraw(self, release: str) -> None:
         """Remember that a release was rolled back, so that no refresh promotes it again by itself."""
         target = self.find(release)
@@ -232,6 +264,12 @@ def _now() -> str:
     return str(time.time_ns() // 1_000_000)
 
 
+def current_release(store: Store, release: str) -> Release:
+    """The release of that id, or what stands for it since users were forgotten. Raises NotFoundError."""
+    found = [record for record in store.all(Release) if release in record.replaces]
+    return found[-1] if found else store.get(Release, release)
+
+
 def serving_now(store: Store, registry: Registry) -> list[Release]:
     """The champion and the release before it, which are never collected."""
     found: list[Release] = []
@@ -239,7 +277,7 @@ def serving_now(store: Store, registry: Registry) -> list[Release]:
     for _ in range(2):
         if wanted is None:
             break
-        record = store.get(Release, wanted)
+        record = current_release(store, wanted)
         found.append(record)
         wanted = record.champion
     return found

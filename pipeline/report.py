@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 from pipeline.charts import Curve, Series, interval_chart, legend, line_chart
@@ -27,10 +29,19 @@ FAMILIES = {
 }
 
 
+COST_NOTE = (
+    "Seconds of the newest run of each step that made the row, each on the machine on which it ran; a training "
+    "that was killed and went on counts from then. items/s: texts through the Item LLM when the snapshot was "
+    "embedded; positions/s: through the user tower in training."
+)
+# heading -> figure of a run's cost: texts embedded and positions trained on
+COSTS = {"items/s": "items_per_second", "positions/s": "positions_per_second"}
+
+
 @dataclass(frozen=True)
 class Page:
-    """What the report shows. runs: best first, each with name, metrics, ci95, slices, lists, candidates and behind;
-    figures: of the data set, name, now, and before where it was another; curves: of the trainings."""
+    """What the report shows. runs: best first, each with name, metrics, ci95, slices, lists, candidates, behind and
+    cost; figures: of the data set, name, now, and before where it was another; curves: of the trainings."""
 
     title: str
     candidates: str
@@ -47,9 +58,10 @@ class Page:
 
 
 def rows(runs: list[dict[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells. runs: name, metrics, ci95, lists, and behind: mean, low, high and p of best minus this."""
+    """Header and cells. runs: name, metrics, ci95, lists, cost, and behind: mean, low, high and p of best minus
+    this."""
     metrics, lists = list(runs[0]["metrics"]), [name for name in runs[0]["lists"] if not name.startswith("items_")]
-    header = ["run", *metrics, f"{metric} 95 %", "best minus this 95 %", "p", *lists]
+    header = ["run", *metrics, f"{metric} 95 %", "best minus this 95 %", "p", *lists, *COSTS, "wall s"]
     cells = []
     for run in runs:
         low, high = run["ci95"][metric]
@@ -59,8 +71,27 @@ def rows(runs: list[dict[str, Any]], metric: str) -> tuple[list[str], list[list[
             mean, least, most, p = run["behind"]
             behind, chance = f"{mean:+.4f} [{least:+.4f}, {most:+.4f}]", f"{p:.3f}"
         whole = [f"{run['lists'][name]:.4g}" for name in lists]
-        cells.append([run["name"], *figures, f"[{low:.4f}, {high:.4f}]", behind, chance, *whole])
+        spent = [_plain(run["cost"][name]) for name in (*COSTS.values(), "wall_seconds")]
+        cells.append([run["name"], *figures, f"[{low:.4f}, {high:.4f}]", behind, chance, *whole, *spent])
     return header, cells
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def cost_rows(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: the seconds of each step behind each run, and the speeds."""
+    steps = list(dict.fromkeys(step for run in runs for step in run["cost"]["seconds"]))
+    cells = [
+        [
+            run["name"],
+            *(_plain(run["cost"]["seconds"].get(step)) for step in steps),
+            *(_plain(run["cost"][name]) for name in ("wall_seconds", *COSTS.values())),
+        ]
+        for run in runs
+    ]
+    return ["run", *(f"{step} s" for step in steps), "wall s", *COSTS], cells
 
 
 def slice_rows(runs: list[dict[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
@@ -165,6 +196,19 @@ def _samples(page: Page) -> str:
     return f"<h2>Samples</h2>{users}"
 
 
+def without_samples(page: str, forgotten: Callable[[str], bool]) -> tuple[str, int]:
+    """A finished page without the samples of some users, and how many these were."""
+    dropped = 0
+
+    def judge(found: re.Match[str]) -> str:
+        nonlocal dropped
+        gone = forgotten(unescape(found[1]))
+        dropped += gone
+        return "" if gone else found[0]
+
+    return re.sub(r"<article><h3>user (.*?)</h3>.*?</article>", judge, page, flags=re.DOTALL), dropped
+
+
 def _notes(page: Page) -> str:
     counts = {run["candidates"] for run in page.runs}
     notes = [f"Candidates: {page.candidates}."]
@@ -186,5 +230,6 @@ def as_html(page: Page) -> str:
         f"{_table(*rows(page.runs, page.metric), page.names[0])}{_notes(page)}"
         f"{legend(page.names)}{_whole_charts(page)}{_slice_charts(page)}"
         f"<h2>{escape(page.metric)} by slice</h2>{_table(*slice_rows(page.runs, page.metric))}"
+        f"<h2>Cost</h2>{_table(*cost_rows(page.runs))}<p><small>{COST_NOTE}</small></p>"
         f"{_curves(page)}{_samples(page)}{'<h2>Data</h2>' + data if data else ''}</html>\n"
     )

@@ -25,10 +25,22 @@ from pipeline.files import (
     read_record,
     remove_folder,
     sweep,
+    write_file,
 )
-from schemas.errors import NotFoundError, StoreError
+from schemas.errors import ConfigError, NotFoundError, StoreError
 from schemas.hashing import hash_texts
-from schemas.records import Dataset, Index, ItemTower, Record, Release, Snapshot, UserTower, UserVectors
+from schemas.records import (
+    Dataset,
+    ForgottenUser,
+    Index,
+    ItemTower,
+    Record,
+    Release,
+    Snapshot,
+    UserTower,
+    UserVectors,
+)
+from schemas.secrets import redact
 
 R = TypeVar("R", bound=Record)
 
@@ -40,6 +52,7 @@ FOLDERS: dict[type[Record], str] = {
     Index: "indexes",
     UserVectors: "user_vectors",
     Release: "releases",
+    ForgottenUser: "forgotten",
 }
 MADE_BY: dict[type[Record], str] = {
     Dataset: "hllm prepare-data",
@@ -49,6 +62,7 @@ MADE_BY: dict[type[Record], str] = {
     Index: "hllm build-index",
     UserVectors: "hllm embed-users",
     Release: "hllm refresh",
+    ForgottenUser: "hllm forget-user",
 }
 _TABLE = "item_embeddings"
 _ITEMS = "items.parquet"
@@ -110,6 +124,15 @@ class Store:
     def remove(self, record: Record) -> None:
         """Take a record and its files away; who has them open keeps them."""
         remove_folder(self.parent(type(record)) / record.id)
+
+    def read_file(self, record: Record, name: str) -> bytes | None:
+        """A small file of a record, None where it has none of that name."""
+        path = self.folder(record) / name
+        return path.read_bytes() if path.exists() else None
+
+    def replace_file(self, record: Record, name: str, data: bytes) -> None:
+        """Put another file in the place of one that no checksum covers; a reader sees the one or the other."""
+        write_file(self.parent(type(record)) / record.id / name, data)
 
     def sweep(self, oldest: int) -> None:
         """Remove what killed runs left unfinished before ``oldest`` (milliseconds)."""
@@ -237,6 +260,18 @@ class BucketStore(Store):
         self.bucket.delete([each.name for each in self.bucket.below(prefix)])
         shutil.rmtree(self.parent(type(record)) / record.id, ignore_errors=True)
 
+    def read_file(self, record: Record, name: str) -> bytes | None:
+        """See ``Store``. The rest of the record is not fetched."""
+        folder = f"{FOLDERS[type(record)]}/{record.id}/"
+        there = any(each.name == f"{folder}{name}" for each in self.bucket.below(folder))
+        return self.bucket.read(f"{folder}{name}") if there else None
+
+    def replace_file(self, record: Record, name: str, data: bytes) -> None:
+        """See ``Store``. Copies on other machines stay as they are."""
+        self.bucket.overwrite(f"{FOLDERS[type(record)]}/{record.id}/{name}", data)
+        if (self.parent(type(record)) / record.id / name).exists():
+            super().replace_file(record, name, data)
+
     def sweep(self, oldest: int) -> None:
         """See ``Store``. Also drops local copies of what the bucket no longer has."""
         super().sweep(oldest)
@@ -304,6 +339,8 @@ def open_store(where: str) -> Store:
     """The store at a path, or at a bucket's URL; the copies of the latter lie under XDG_CACHE_HOME (~/.cache)."""
     if "://" not in where:
         return Store(Path(where))
+    if redact(where) != where:
+        raise ConfigError(f"store = {where!r}: an address must hold no secrets; set them in the environment (README)")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     url = where.rstrip("/")
     name = "-".join(part for part in url.split("://")[1].split("/") if part)

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.files import write_file
 from schemas.errors import NotFoundError, TrackingError
+from schemas.secrets import redact
 
 EXPERIMENT = "hllm"
 
@@ -77,14 +80,14 @@ class Run:
     def tags(self, values: dict[str, str]) -> None:
         """Set tags."""
         for name, value in values.items():
-            self._client.set_tag(self.run_id, name, value)
+            self._client.set_tag(self.run_id, name, redact(value))
 
     def artifact(self, name: str, content: str | pa.Table) -> None:
         """Log text, or an Arrow table as Parquet, under a file name."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             if isinstance(content, str):
-                path.write_text(content)
+                path.write_text(redact(content))
             else:
                 pq.write_table(content, path)
             self._client.log_artifact(self.run_id, str(path))
@@ -115,14 +118,15 @@ class Tracker:
 
     def ping(self) -> None:
         """Raises TrackingError when the server does not answer."""
-        with known_error(f"MLflow at {without_secrets(self.uri)}"):
+        with known_error(f"MLflow at {self.uri}"):
             self._client.search_experiments(max_results=1)
 
     def _experiment_id(self) -> str:
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
+        with known_error(f"MLflow at {self.uri}"):
+            found = self._client.get_experiment_by_name(self._experiment)
+            if found is not None:
+                return str(found.experiment_id)
+            return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
 
     @contextmanager
     def run(self, kind: str, name: str, config: dict[str, Any], tags: dict[str, str]) -> Iterator[Run]:
@@ -133,7 +137,9 @@ class Tracker:
         from mlflow.entities import Param
 
         created = self._client.create_run(
-            self._experiment_id(), run_name=name, tags={"kind": kind, "mlflow.runName": name, **tags}
+            self._experiment_id(),
+            run_name=name,
+            tags={key: redact(value) for key, value in {"kind": kind, "mlflow.runName": name, **tags}.items()},
         )
         run = Run(self._client, created.info.run_id)
         status = "FAILED"
@@ -155,10 +161,54 @@ class Tracker:
         runs = self._client.search_runs([self._experiment_id()], wanted, order_by=["attributes.start_time DESC"])
         return [FoundRun(run_id=r.info.run_id, name=r.info.run_name, tags=dict(r.data.tags)) for r in runs]
 
+    def spent(self, run_id: str) -> tuple[float, dict[str, float]] | None:
+        """Seconds from begin to end of a run, and its last figures; None where it is gone or has not ended."""
+        try:
+            with known_error(f"run {run_id}"):
+                found = self._client.get_run(run_id)
+        except NotFoundError:
+            return None
+        if found.info.end_time is None:
+            return None
+        return (found.info.end_time - found.info.start_time) / 1000, dict(found.data.metrics)
+
     def curve(self, run_id: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of a figure that a run logged, in order; empty where it did not."""
         points = self._client.get_metric_history(run_id, name.replace("@", "_at_"))
         return sorted((int(point.step), float(point.value)) for point in points)
+
+    def artifacts(self, names: frozenset[str]) -> Iterator[tuple[str, str]]:
+        """(run id, file name) of every run's artifacts of these names; deleted and failed runs too."""
+        from mlflow.entities import ViewType
+
+        token = None
+        with known_error(f"the artifacts of MLflow at {self.uri}"):
+            while True:
+                page = self._client.search_runs(
+                    [self._experiment_id()], run_view_type=ViewType.ALL, max_results=500, page_token=token
+                )
+                for run in page:
+                    for each in self._client.list_artifacts(run.info.run_id):
+                        if each.path in names:
+                            yield run.info.run_id, each.path
+                token = page.token
+                if not token:
+                    return
+
+    def read_bytes(self, run_id: str, name: str) -> bytes:
+        """An artifact of a run as it is."""
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
+
+    def replace_artifact(self, run_id: str, name: str, data: bytes) -> None:
+        """Put another file in the place of an artifact; on a local disk a reader sees the one or the other."""
+        where = str(self._client.get_run(run_id).info.artifact_uri)
+        if where.startswith(("file:", "/")):
+            write_file(Path(urllib.parse.unquote(where.removeprefix("file://"))) / name, data)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / name).write_bytes(data)
+            self._client.log_artifact(run_id, str(Path(folder) / name))
 
     def read_json(self, run_id: str, name: str) -> Any:
         """A JSON artifact of a run."""
@@ -171,15 +221,9 @@ class Tracker:
             return pq.read_table(self._client.download_artifacts(run_id, name, folder))
 
 
-def without_secrets(uri: str) -> str:
-    """A URI without its user and password."""
-    scheme, mark, rest = uri.partition("://")
-    return scheme + mark + rest.rpartition("@")[2] if "@" in rest.split("/")[0] else uri
-
-
 def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", str(value)[:500]
+            yield f"{prefix}{key}", redact(str(value))[:500]

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.embeddings import decode_vectors
-from pipeline.files import UNREADABLE
+from pipeline.files import UNREADABLE, record_id, write_record
+from pipeline.forgotten import ForgottenUsers
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import EmbeddingError, StoreError
-from schemas.hashing import Digest
+from schemas.hashing import Digest, hash_texts
 from schemas.records import UserVectors
 from user_tower.sequences import Histories
 
@@ -130,3 +131,33 @@ class Reusable:
         number, row = self._places[digest]
         found: bytes = self._cells[number][row].as_py()
         return found
+
+
+def forgotten_rows(store: Store, record: UserVectors, forgotten: ForgottenUsers) -> int:
+    """Rows of a table that are of these users. Raises StoreError when it is damaged."""
+    return sum(
+        int(forgotten.mask(part.column(tables.USER_ID).to_pylist()).sum()) for part in read_parts(store, record)
+    )
+
+
+def without_users(
+    store: Store, record: UserVectors, forgotten: ForgottenUsers, inputs: str, dataset: str
+) -> UserVectors:
+    """Publish a table again without these users, as of another data version. What it stands for is left in place.
+
+    inputs, dataset: of the new record, as embed-users would write them. Raises StoreError when it is damaged.
+    """
+    name = record_id(record.created_at, hash_texts(inputs, record.id).hex())
+    there = store.all(UserVectors, id=name)
+    if there:
+        return there[0]
+    with store.new(UserVectors, name) as folder:
+        writer = TableWriter(folder)
+        for part in read_parts(store, record):
+            kept = part.filter(pa.array(~forgotten.mask(part.column(tables.USER_ID).to_pylist())))
+            users, histories = (kept.column(column).to_pylist() for column in (tables.USER_ID, tables.HISTORY))
+            writer.write(users, histories, kept.column(tables.EMBEDDING).combine_chunks())
+        changed = {"id": name, "inputs": inputs, "dataset": dataset, "users": writer.rows, "checksum": writer.close()}
+        new = record.model_copy(update=changed)
+        write_record(folder, new)
+    return new

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from schemas.secrets import redact
+
 
 class PipelineError(Exception):
-    """Base of every known error; its message says what was wrong, the value, and the way out."""
+    """Base of every known error; its message says what was wrong, the value, and the way out, without secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
     @property
     def kind(self) -> str:

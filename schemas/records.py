@@ -33,6 +33,7 @@ class Dataset(Record):
     rows_in: dict[str, int]  # table -> rows read
     carried: int = 0  # items that left the feed and are named by an event; unavailable
     watermark: int  # of both tables: the latest event, milliseconds; the catalog is read before the events
+    replaces: tuple[str, ...] = ()  # digests of what it was before users were forgotten
 
 
 class ItemTower(Record):
@@ -144,3 +145,8 @@ class Release(Record):
     config_hash: str
     code_version: str
     run_id: str
+    replaces: tuple[str, ...] = ()  # ids of what it was before users were forgotten
+
+
+class ForgottenUser(Record):
+    """A user who is not taken in again; the id is a hash of the user's."""
