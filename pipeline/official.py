@@ -87,7 +87,7 @@ def _user_tower(
     tower = UserTower(user_tower, item_dim, None, architecture)
     weights = _plain(state, USER) | {"embed_tokens.weight": torch.zeros(1, config.hidden_size)}
     weights = {f"backbone.model.{name}": tensor for name, tensor in weights.items()}
-    tower.load_state_dict(weights | {LOGIT_SCALE: state[LOGIT_SCALE].float()})
+    tower.load_state_dict(weights | {LOGIT_SCALE: state[LOGIT_SCALE]})
     return tower.eval()
 
 
@@ -172,15 +172,15 @@ def _some(names: list[str]) -> str:
 
 
 def _plain(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """One of the two models under the names of ``AutoModel``, in float32."""
+    """One of the two models under the names of ``AutoModel``, in the precision of the file."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):
             continue
         name = name.removeprefix(f"{prefix}model.")
         if ".W_pack." in name:
-            for part, rows in zip("qkv", tensor.float().chunk(3), strict=True):
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 found[name.replace("W_pack", f"{part}_proj")] = rows
         else:
-            found[name] = tensor.float()
+            found[name] = tensor
     return found

@@ -74,14 +74,14 @@ def plain_histories(workspace) -> dict[str, list[int]]:
     return {user: [int(item[1:]) for item in items] for user, items in grouped}
 
 
-def plain_recall(state, items: torch.Tensor, histories: list[list[int]], k: int) -> float:
+def plain_ranks(state, items: torch.Tensor, histories: list[list[int]]) -> list[int]:
     """Leave-last-out over the full catalog, as the official code scores: cosines, seen items out."""
-    hits = []
+    ranks = []
     for *history, target in histories:
         scores = F.normalize(items, dim=-1) @ plain_user(state, items, history, LONGEST)
         scores[history] = -torch.inf
-        hits.append(target in scores.topk(k).indices.tolist())
-    return float(np.mean(hits))
+        ranks.append(int((scores > scores[target]).sum()))
+    return ranks
 
 
 def test_an_imported_checkpoint_goes_through_the_normal_commands(official, embed_here):
@@ -103,18 +103,18 @@ def test_an_imported_checkpoint_goes_through_the_normal_commands(official, embed
     found = np.stack([by_id[f"i{n}"] for n in range(len(items))])
     np.testing.assert_allclose(found, items.numpy(), atol=1e-5)
 
+    torch.set_num_threads(1)  # the embedding worker took all of them
     histories = plain_histories(workspace)
     context = Context(load_config(str(workspace.toml), None, []))
     users = served_users(context)
-    for user, history in histories.items():
+    for user, history in list(histories.items())[:10]:
         np.testing.assert_allclose(users[user], plain_user(state, items, history, LONGEST).numpy(), atol=1e-5)
 
     evaluated = workspace.run("evaluate")
     assert evaluated["cutoff"] == "unknown"
+    ranks = np.array(plain_ranks(state, items, list(histories.values())))
     for k in (1, 5, 10):
-        assert evaluated["metrics"][f"recall@{k}"] == pytest.approx(
-            plain_recall(state, items, list(histories.values()), k)
-        )
+        assert evaluated["metrics"][f"recall@{k}"] == pytest.approx((ranks < k).mean())
     workspace.run("build-index")
     best = workspace.run("recommend", "--user", "u0", "--k", "3")["items"]
     scores = F.normalize(items, dim=-1) @ torch.from_numpy(users["u0"])
