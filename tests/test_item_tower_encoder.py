@@ -109,7 +109,7 @@ def test_save_and_load(make_encoder, kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["no/such-folder-or-hub-name", "package:no_such_package/x", "package:torch/no"])
 def test_an_unknown_model_is_a_clear_error(name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it is read once, at the import
     with pytest.raises(ConfigError, match=r"encoder\.model = "):
         ItemEncoder.from_config(EncoderConfig(model=name), TemplateConfig())
 

@@ -275,6 +275,13 @@ def test_settings_of_another_tower_are_refused_by_name(llama, tmp_path):
         towers(path, model)
 
 
+def test_towers_from_before_the_choice_of_projections_keep_their_fingerprint():
+    tower = UserTower(UserTowerConfig(hidden=8, layers=1, heads=1, history=4), 4, None)
+    for parameter in tower.parameters():
+        parameter.data.zero_()
+    assert tower.fingerprint() == "ea0880f819575fa511d44535b4477c49"
+
+
 def test_a_tower_without_projections_needs_text_and_the_width(llama):
     with pytest.raises(ValueError, match="projections = false needs features = 'text'"):
         UserTowerConfig(projections=False, features="text+id")

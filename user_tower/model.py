@@ -65,14 +65,14 @@ class Catalog(NamedTuple):
     """The items of one open catalog, by row.
 
     vectors: [N, D] float32, or None for a tower that reads ids; id_rows: [N] row in the tower's vocabulary,
-    V where unknown, or None; groups: [N] items with the same key share a number; lengths: [N] float32, those of the
+    V where unknown, or None; groups: [N] items with the same key share a number; norms: [N] float32, those of the
     vectors before they were normalised, or None for a tower that does not read them.
     """
 
     vectors: Tensor | None
     id_rows: Tensor | None
     groups: Tensor
-    lengths: Tensor | None = None
+    norms: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -130,16 +130,16 @@ class UserTower(nn.Module):
         """Bind this tower to a catalog: vectors [N, D] of a snapshot (normalised here), groups [N]."""
         device = self.logit_scale.device
         group_tensor = torch.from_numpy(groups).to(device)
-        dense = lengths = id_rows = None
+        dense = norms = id_rows = None
         if self.config.features != "id":
             assert vectors is not None
             dense = torch.from_numpy(np.asarray(vectors, dtype=np.float32)).to(device)
-            lengths = None if self.config.projections else dense.norm(dim=-1)
+            norms = None if self.config.projections else dense.norm(dim=-1)
             dense = F.normalize(dense, dim=-1)
         if self.vocabulary is not None:
             known = {item_id: row for row, item_id in enumerate(self.vocabulary)}
             id_rows = torch.tensor([known.get(item_id, len(known)) for item_id in item_ids], device=device)
-        return Catalog(dense, id_rows, group_tensor, lengths)
+        return Catalog(dense, id_rows, group_tensor, norms)
 
     def item_vectors(self, catalog: Catalog, rows: Tensor | None = None) -> Tensor:
         """The only source of candidates, for loss, evaluation and index; float32 [N, D or H]; or those of ``rows``.
@@ -172,8 +172,8 @@ class UserTower(nn.Module):
             assert catalog.id_rows is not None
             x_BTH = self.ids(catalog.id_rows[items])
         elif not self.config.projections:
-            assert catalog.lengths is not None
-            x_BTH = self.item_vectors(catalog, items) * catalog.lengths[items][..., None]
+            assert catalog.norms is not None
+            x_BTH = self.item_vectors(catalog, items) * catalog.norms[items][..., None]
         else:
             x_BTH = self.input(self.item_vectors(catalog, items))
         if self.times is not None:
