@@ -11,12 +11,10 @@ HLLM := $(BIN)/hllm
 RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
-        embed-users export-users refresh releases forget-user mlflow-ui paper-table bench-seeds bench-grid bench-embed \
-        bench-cache bench-ingest bench-retrieve bench-evaluate test test-all lint types
+.PHONY: $(shell grep -oE '^[a-z-]+:' Makefile | tr -d :)
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-17s %s\n", $$1, $$2}'
 
 $(STAMP): constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +31,9 @@ demo: $(STAMP) ## the whole pipeline on MovieLens-100K, from nothing; its last l
 
 data: $(STAMP) ## prepare-data: check, quarantine, order (CONFIG=your.toml here and below)
 	@$(call RUN,prepare-data)
+
+import-checkpoint: $(STAMP) ## towers from a checkpoint of the paper's code (CONFIG=official-1b.toml)
+	@$(call RUN,import-checkpoint)
 
 tune-items: $(STAMP) ## stage I: tune the Item LLM with a small user tower
 	@$(call RUN,tune-items)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +44,8 @@ class EncoderConfig(BaseModel):
     """Width of a learned linear head; without it the vector is the model's hidden state."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """``auto`` is bfloat16 where the device multiplies it fast, else float32."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model or its tokenizer. Only for a source that you trust."""
 
 
 class TokenisedTexts(NamedTuple):
@@ -94,18 +96,37 @@ def resolve_model(name: str) -> str:
     return str(folder)
 
 
-def _load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    source = resolve_model(name)
+@contextmanager
+def loading(setting: str, name: str) -> Iterator[None]:
+    """What Hugging Face raises over a model becomes a ConfigError that names the setting and the model."""
     try:
-        config = AutoConfig.from_pretrained(source)
-        # BERT's pooler is never read; leaving it out keeps it out of weights and fingerprint
-        extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-        model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"encoder.model = {name!r} cannot be loaded: {reason}") from error
-    return model, tokenizer
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it comes with Python code of its own; if you trust its source, set encoder.trust_remote_code = true"
+            )
+        raise ConfigError(f"{setting} = {name!r} cannot be loaded: {reason}") from error
+
+
+def _load_pretrained(name: str, trust: bool) -> tuple[nn.Module, Any]:
+    source = resolve_model(name)
+    with loading("encoder.model", name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        # BERT's pooler is never read; leaving it out keeps it out of weights and fingerprint
+        extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+        model = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, trust_remote_code=trust, **extra
+        )
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+
+
+def _settled(config: EncoderConfig) -> EncoderConfig:
+    """The configuration with ``auto`` replaced by what it means on this machine."""
+    if config.compute_dtype != "auto":
+        return config
+    return config.model_copy(update={"compute_dtype": "bfloat16" if fast_bfloat16(default_device()) else "float32"})
 
 
 def read_settings(folder: Path) -> tuple[EncoderConfig, TemplateConfig]:
@@ -138,7 +159,9 @@ def _tokenise(tokenizer: Any, config: EncoderConfig, texts: Sequence[str]) -> To
 def tokenise_texts(folder: Path | None, config: EncoderConfig, texts: Sequence[str]) -> TokenisedTexts:
     """As ``ItemEncoder.tokenise`` of the tower in a folder (None: the untuned one), its weights not read."""
     source = resolve_model(config.model) if folder is None else str(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(source, truncation_side=config.truncation_side)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, truncation_side=config.truncation_side, trust_remote_code=config.trust_remote_code
+    )
     return _tokenise(tokenizer, config, texts)
 
 
@@ -171,18 +194,33 @@ class ItemEncoder(nn.Module):
 
         Raises ConfigError when the model cannot be loaded.
         """
-        model, tokenizer = _load_pretrained(config.model)
-        if config.compute_dtype == "auto":
-            dtype: Literal["bfloat16", "float32"] = "bfloat16" if fast_bfloat16(default_device()) else "float32"
-            config = config.model_copy(update={"compute_dtype": dtype})
-        return cls(model, tokenizer, config, template)
+        model, tokenizer = _load_pretrained(config.model, config.trust_remote_code)
+        return cls(model, tokenizer, _settled(config), template)
+
+    @classmethod
+    def from_weights(
+        cls, model: nn.Module, item_token: Tensor | None, config: EncoderConfig, template: TemplateConfig
+    ) -> ItemEncoder:
+        """A tower around a Hugging Face model that was tuned elsewhere; the tokenizer is that of ``config.model``.
+
+        item_token: float32 [H], the [ITEM] embedding; None with pooling. Raises ConfigError.
+        """
+        with loading("encoder.model", config.model):
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(config.model), trust_remote_code=config.trust_remote_code
+            )
+        encoder = cls(model, tokenizer, _settled(config), template)
+        if encoder.item_token is not None:
+            assert item_token is not None
+            encoder.item_token.data.copy_(item_token)
+        return encoder
 
     @classmethod
     def load(cls, folder: Path) -> ItemEncoder:
         """A tower written by ``save``. Raises StoreError when a file is missing or damaged."""
         config, template = read_settings(folder)
         try:
-            encoder = cls(*_load_pretrained(str(folder / "model")), config, template)
+            encoder = cls(*_load_pretrained(str(folder / "model"), config.trust_remote_code), config, template)
             encoder.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
         except (OSError, ValueError, RuntimeError, SafetensorError, ConfigError) as error:
             raise StoreError(f"item tower {folder} cannot be read: {error}; tune it again") from error

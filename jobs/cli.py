@@ -20,6 +20,7 @@ from schemas.secrets import redact
 # command -> (what it does, does it take --snapshot, does it take --split)
 COMMANDS = {
     "prepare-data": ("check both tables, quarantine bad rows, order events", False, False),
+    "import-checkpoint": ("both towers from a checkpoint of the paper's own code", False, False),
     "tune-items": ("stage I: tune the Item LLM together with a small user tower", False, False),
     "embed-items": ("embed new and changed items, publish a snapshot", False, False),
     "train-user": ("stage II: train the user tower on a snapshot", True, False),
@@ -64,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--protocol", choices=PROTOCOLS, help="in place of evaluate.protocol")
     snapshots = commands.choices["snapshots"]
     snapshots.add_argument("action", choices=("list", "show", "clean"))
+    imported = commands.choices["import-checkpoint"]
+    imported.add_argument("--weights", metavar="PATH", help="in place of checkpoint.weights")
     for export in ("export-items", "export-users"):
         commands.choices[export].add_argument("--out", required=True, metavar="PARQUET", help="file to write")
     commands.choices["embed-users"].add_argument(
@@ -102,6 +105,8 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     command, config, sets = options["command"], options["config"], [*options["sets"]]
     own: dict[str, Any]
     sets += [f"evaluate.{key}={options[key]}" for key in ("protocol", "negatives") if options.get(key) is not None]
+    if options.get("weights") is not None:
+        sets.append(f"checkpoint.weights={json.dumps(options['weights'])}")
     if command == "demo":
         return lambda: importlib.import_module("jobs.demo").run(config or "demo.toml", sets)
     if command == "paper-table":

@@ -27,6 +27,7 @@ from pipeline.evaluate import EvaluateConfig
 from pipeline.gates import GateConfig
 from pipeline.intake import DataConfig
 from pipeline.joint import JointConfig
+from pipeline.official import CheckpointConfig
 from pipeline.release_gates import ReleaseGates
 from pipeline.tracking import TrackingConfig
 from schemas.errors import ConfigError
@@ -42,7 +43,8 @@ class ItemTowerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     use: str = "tuned"
-    """``tuned``: the newest of tune-items; ``base``: ``encoder.model`` as it is; or the id of a tuned tower."""
+    """``tuned``: the newest of tune-items; ``imported``: the newest of import-checkpoint; ``base``: ``encoder.model``
+    as it is; or the id of a tower."""
 
 
 class BenchConfig(BaseModel):
@@ -104,6 +106,7 @@ class Config(BaseSettings):
     template: TemplateConfig = TemplateConfig()
     encoder: EncoderConfig = EncoderConfig()
     item_tower: ItemTowerConfig = ItemTowerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     embed: EmbedConfig = EmbedConfig()
     gates: GateConfig = GateConfig()
     tune: JointConfig = JointConfig()

@@ -141,12 +141,12 @@ class Context:
         return open_dataset(self.store, self.dataset_record)
 
     def item_tower_record(self) -> ItemTower | None:
-        """The tuned tower in force, None for the untuned one. Raises NotFoundError."""
+        """The tuned or imported tower in force, None for the untuned one. Raises NotFoundError."""
         use = self.config.item_tower.use
         if use == "base":
             return None
-        if use == "tuned":
-            return self.store.require(ItemTower, name="tuned")
+        if use in ("tuned", "imported"):
+            return self.store.require(ItemTower, name=use)
         return self.store.get(ItemTower, use)
 
     def item_fingerprint(self) -> str:

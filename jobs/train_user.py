@@ -24,6 +24,7 @@ from pipeline.splits import queries, training_label, training_part
 from schemas.errors import ConfigError, FingerprintMismatchError
 from schemas.records import ItemTower, Snapshot, UserTower
 from user_tower.model import UserTower as UserTowerModel
+from user_tower.model import UserTowerConfig
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Batch, target_counts, training_batches
 from user_tower.steps import UserStep
@@ -102,9 +103,8 @@ def find_parent(context: Context, features: Features) -> Parent | None:
                 f"train from the beginning, or set user_tower as there"
             )
         return parent
-    shape = config.user_tower.model_dump(mode="json")
     for record in reversed(store.all(UserTower, name=config.name, item_fingerprint=fingerprint)):
-        if record.config == shape:
+        if UserTowerConfig(**record.config) == config.user_tower:
             return opened(record)
     tuned = store.newest(ItemTower, fingerprint=fingerprint) if fingerprint else None
     if tuned is not None:
@@ -127,7 +127,8 @@ def _train(
     if config.user_tower.features != "text":
         vocabulary = [features.item_ids[row] for row in np.unique(training.items)]
     item_dim = None if features.vectors is None else features.vectors.shape[1]
-    tower = UserTowerModel(config.user_tower, item_dim, vocabulary).to(default_device())
+    architecture = None if parent is None else parent.architecture()
+    tower = UserTowerModel(config.user_tower, item_dim, vocabulary, architecture).to(default_device())
     if parent is not None:
         tower.start_from(parent)
     if config.train.lora:

@@ -94,7 +94,8 @@ class JointStep(nn.Module):
         Raises TrainingError when the items' vectors have collapsed.
         """
         rows, texts, place = self._distinct(batch, seed)
-        vectors_MD = F.normalize(self._encode([self.token_ids[row] for row in rows[texts]]), dim=-1)
+        encoded_MD = self._encode([self.token_ids[row] for row in rows[texts]])
+        vectors_MD = F.normalize(encoded_MD, dim=-1)
         local = np.zeros(len(self.token_ids), dtype=np.int64)
         local[rows] = place
         numbers = torch.arange(len(texts), device=vectors_MD.device)
@@ -107,9 +108,8 @@ class JointStep(nn.Module):
         if self.training:
             self.counts += torch.tensor([len(vectors_MD), len(texts)], device=self.counts.device)
             self._guard(vectors_MD)
-        return sequence_loss(
-            self.tower, Catalog(vectors_MD, None, numbers), small, Negatives(numbers, None), self.config.near
-        )
+        catalog = Catalog(vectors_MD, None, numbers, encoded_MD.norm(dim=-1))
+        return sequence_loss(self.tower, catalog, small, Negatives(numbers, None), self.config.near)
 
     def _distinct(self, batch: Batch, seed: int) -> tuple[IntArray, IntArray, IntArray]:
         """Catalog rows that the step needs; of which of them each distinct text is read; the text of each row."""

@@ -64,6 +64,8 @@ MADE_BY: dict[type[Record], str] = {
     Release: "hllm refresh",
     ForgottenUser: "hllm forget-user",
 }
+IMPORTED = "imported"  # name of item towers that were tuned elsewhere
+IMPORTED_BY = "hllm import-checkpoint"
 _TABLE = "item_embeddings"
 _ITEMS = "items.parquet"
 _RECORD = "record.json"
@@ -193,9 +195,8 @@ class Store:
         record = self.newest(kind, **wanted)
         if record is None:
             which = ", ".join(f"{name} {value}" for name, value in wanted.items())
-            raise NotFoundError(
-                f"{self}/{FOLDERS[kind]} holds none of {which or 'any name'}; run {MADE_BY[kind]} first"
-            )
+            made_by = IMPORTED_BY if kind is ItemTower and wanted.get("name") == IMPORTED else MADE_BY[kind]
+            raise NotFoundError(f"{self}/{FOLDERS[kind]} holds none of {which or 'any name'}; run {made_by} first")
         return record
 
     def get(self, kind: type[R], record_id: str) -> R:

@@ -37,7 +37,7 @@ class Dataset(Record):
 
 
 class ItemTower(Record):
-    """A tuned Item LLM."""
+    """A tuned Item LLM. One that was imported has no dataset and no split that are known."""
 
     name: str
     fingerprint: str

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -106,7 +109,7 @@ def test_save_and_load(make_encoder, kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["no/such-folder-or-hub-name", "package:no_such_package/x", "package:torch/no"])
 def test_an_unknown_model_is_a_clear_error(name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it is read once, at the import
     with pytest.raises(ConfigError, match=r"encoder\.model = "):
         ItemEncoder.from_config(EncoderConfig(model=name), TemplateConfig())
 
@@ -208,3 +211,36 @@ def test_the_fast_path_on_a_cpu_computes_the_same(make_encoder, kind):
     packed = [module for module in plain.modules() if isinstance(module, PackedLinear)]
     assert any(module.after[0] == "gelu" for module in packed) == (kind == "bert")
     np.testing.assert_allclose(vectors(plain, texts), exact, rtol=1e-4, atol=1e-5)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaModel
+(Path(__file__).parent / "ran").touch()
+class HouseConfig(LlamaConfig):
+    model_type = "house"
+class HouseModel(LlamaModel):
+    config_class = HouseConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_when_trusted(llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shutil.copytree(llama_folder, tmp_path / "house")
+    (tmp_path / "house" / "house.py").write_text(CODE)
+    config = json.loads((llama_folder / "config.json").read_text())
+    config |= {
+        "model_type": "house",
+        "auto_map": {"AutoConfig": "house.HouseConfig", "AutoModel": "house.HouseModel"},
+    }
+    (tmp_path / "house" / "config.json").write_text(json.dumps(config))
+    settings = {"model": str(tmp_path / "house"), "pooling": "item_token", "compute_dtype": "float32"}
+    with pytest.raises(ConfigError, match=r"if you trust its source, set encoder\.trust_remote_code = true"):
+        ItemEncoder.from_config(EncoderConfig(**settings), TemplateConfig())
+    assert list(tmp_path.rglob("ran")) == []
+    encoder = ItemEncoder.from_config(EncoderConfig(**settings, trust_remote_code=True), TemplateConfig())
+    assert type(encoder.model).__name__ == "HouseModel"
+    assert list(tmp_path.rglob("ran"))
+    (tmp_path / "tower").mkdir()
+    encoder.save(tmp_path / "tower")
+    np.testing.assert_array_equal(vectors(ItemEncoder.load(tmp_path / "tower"), TEXTS), vectors(encoder, TEXTS))

@@ -35,9 +35,9 @@ def histories(users: int = 12, seed: int = 0) -> Histories:
     return Histories([f"u{n}" for n in range(users)], offsets, items, np.arange(offsets[-1]) * 1000)
 
 
-def joint_step(encoder: ItemEncoder, **settings) -> JointStep:
+def joint_step(encoder: ItemEncoder, shape: dict = SHAPE, **settings) -> JointStep:
     torch.manual_seed(0)
-    config = JointConfig(user_tower=UserTowerConfig(**SHAPE), **settings)
+    config = JointConfig(user_tower=UserTowerConfig(**shape), **settings)
     tower = UserTower(config.user_tower, encoder.dim, None)
     groups = torch.arange(len(TEXTS))
     return JointStep(encoder, tower, encoder.tokenise(TEXTS).input_ids, groups, config)
@@ -91,10 +91,11 @@ def test_a_reference_vector_is_that_of_the_official_forward(make_encoder):
             torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("projections", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_the_joint_loss_is_the_plain_one(make_encoder, kind):
+def test_the_joint_loss_is_the_plain_one(make_encoder, kind, projections):
     """Every text encoded by itself, the loss by cross_entropy over the distinct items of the batch."""
-    step = joint_step(make_encoder(kind))
+    step = joint_step(make_encoder(kind), SHAPE if projections else {**SHAPE, "hidden": 32, "projections": False})
     batch = one_batch()
     loss, found = gradients(step, batch)
     seen = sorted(
@@ -103,7 +104,7 @@ def test_the_joint_loss_is_the_plain_one(make_encoder, kind):
     vectors = torch.cat([step.encoder(*step.encoder.pad([step.token_ids[item]])) for item in seen])
     place = {item: row for row, item in enumerate(seen)}
     catalog = step.tower.catalog([str(item) for item in seen], np.zeros((len(seen), 1)), np.arange(len(seen)))
-    catalog = catalog._replace(vectors=F.normalize(vectors, dim=-1))
+    catalog = catalog._replace(vectors=F.normalize(vectors, dim=-1), norms=vectors.norm(dim=-1))
     logits, goals = [], []
     for row, length in enumerate(batch.lengths):
         items = torch.tensor([[place[int(item)] for item in batch.items[row, :length]]])

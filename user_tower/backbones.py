@@ -170,7 +170,7 @@ def make_backbone(
         )
         return CausalLM(LlamaModel(config)), hidden
     try:
-        model = AutoModel.from_pretrained(pretrained, dtype=torch.float32)
+        model = AutoModel.from_pretrained(pretrained, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"user_tower.pretrained = {pretrained!r} cannot be loaded: {reason}") from error

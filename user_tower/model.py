@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,18 +50,29 @@ class UserTowerConfig(BaseModel):
     """``cosine`` with a learned temperature as in the paper; ``dot`` as in SASRec."""
     pretrained: str | None = None
     """For ``llm``: a Hugging Face model instead of a small one from hidden, layers and heads."""
+    projections: bool = True
+    """``false``: the backbone reads the item vectors themselves, their length included, and its output is the query,
+    as in the paper's code; the backbone is then as wide as the item vectors, and ``features`` is ``text``."""
+
+    @model_validator(mode="after")
+    def _only_text_goes_without_projections(self) -> UserTowerConfig:
+        if not self.projections and self.features != "text":
+            raise ValueError(f"projections = false needs features = 'text', not {self.features!r}")
+        return self
 
 
 class Catalog(NamedTuple):
     """The items of one open catalog, by row.
 
     vectors: [N, D] float32, or None for a tower that reads ids; id_rows: [N] row in the tower's vocabulary,
-    V where unknown, or None; groups: [N] items with the same key share a number.
+    V where unknown, or None; groups: [N] items with the same key share a number; norms: [N] float32, those of the
+    vectors before they were normalised, or None for a tower that does not read them.
     """
 
     vectors: Tensor | None
     id_rows: Tensor | None
     groups: Tensor
+    norms: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -80,7 +91,7 @@ class UserTower(nn.Module):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         """item_dim: D of the cached vectors, None for ``id``; vocabulary: item ids, None for ``text``; architecture:
-        see ``make_backbone``."""
+        see ``make_backbone``. Raises ConfigError when a tower without projections is not as wide as the vectors."""
         super().__init__()
         self.config = config
         self.item_dim = item_dim
@@ -96,7 +107,12 @@ class UserTower(nn.Module):
             architecture=architecture,
         )
         self.output: nn.Module = nn.Identity()
-        if config.features != "id":
+        if not config.projections and item_dim != hidden:
+            raise ConfigError(
+                f"user_tower.projections = false: the backbone is {hidden} wide, the item vectors {item_dim}; set "
+                f"user_tower.hidden, or take a user_tower.pretrained as wide as the Item LLM"
+            )
+        if config.features != "id" and config.projections:
             assert item_dim is not None
             self.input = nn.Sequential(nn.Linear(item_dim, hidden), nn.LayerNorm(hidden))
             self.output = nn.Linear(hidden, item_dim)
@@ -114,14 +130,16 @@ class UserTower(nn.Module):
         """Bind this tower to a catalog: vectors [N, D] of a snapshot (normalised here), groups [N]."""
         device = self.logit_scale.device
         group_tensor = torch.from_numpy(groups).to(device)
-        dense = id_rows = None
+        dense = norms = id_rows = None
         if self.config.features != "id":
             assert vectors is not None
-            dense = F.normalize(torch.from_numpy(np.asarray(vectors, dtype=np.float32)).to(device), dim=-1)
+            dense = torch.from_numpy(np.asarray(vectors, dtype=np.float32)).to(device)
+            norms = None if self.config.projections else dense.norm(dim=-1)
+            dense = F.normalize(dense, dim=-1)
         if self.vocabulary is not None:
             known = {item_id: row for row, item_id in enumerate(self.vocabulary)}
             id_rows = torch.tensor([known.get(item_id, len(known)) for item_id in item_ids], device=device)
-        return Catalog(dense, id_rows, group_tensor)
+        return Catalog(dense, id_rows, group_tensor, norms)
 
     def item_vectors(self, catalog: Catalog, rows: Tensor | None = None) -> Tensor:
         """The only source of candidates, for loss, evaluation and index; float32 [N, D or H]; or those of ``rows``.
@@ -153,6 +171,9 @@ class UserTower(nn.Module):
         if self.config.features == "id":
             assert catalog.id_rows is not None
             x_BTH = self.ids(catalog.id_rows[items])
+        elif not self.config.projections:
+            assert catalog.norms is not None
+            x_BTH = self.item_vectors(catalog, items) * catalog.norms[items][..., None]
         else:
             x_BTH = self.input(self.item_vectors(catalog, items))
         if self.times is not None:
@@ -183,6 +204,10 @@ class UserTower(nn.Module):
             state["ids.weight"] = other.ids.weight[torch.tensor([*rows, len(known)])]
         self.load_state_dict(state)
 
+    def architecture(self) -> dict[str, Any] | None:
+        """Of an ``llm`` backbone, its Hugging Face configuration, see ``make_backbone``."""
+        return self.backbone.architecture() if isinstance(self.backbone, CausalLM) else None
+
     def add_lora(self, settings: LoraSettings) -> None:
         """Train adapters instead of the weights of an ``llm`` backbone, until ``merge_lora``. Raises ConfigError."""
         if not isinstance(self.backbone, CausalLM):
@@ -196,7 +221,9 @@ class UserTower(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of weights, configuration and vocabulary; 32 hexadecimal characters."""
-        digest = Digest().add(self.config.model_dump_json()).add(json.dumps(self.vocabulary))
+        # with projections, as before there was a choice: what was trained then stays what it is
+        config = self.config.model_dump_json(exclude={"projections"} if self.config.projections else None)
+        digest = Digest().add(config).add(json.dumps(self.vocabulary))
         for name, tensor in sorted(self.state_dict().items()):
             digest.add(name).add(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -209,7 +236,7 @@ class UserTower(nn.Module):
             "config": self.config.model_dump(),
             "item_dim": self.item_dim,
             "vocabulary": self.vocabulary,
-            "architecture": self.backbone.architecture() if isinstance(self.backbone, CausalLM) else None,
+            "architecture": self.architecture(),
         }
         (folder / "user_tower.json").write_text(json.dumps(settings))
 
