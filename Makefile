@@ -13,7 +13,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
         embed-users export-users refresh releases mlflow-ui paper-table bench-seeds bench-grid bench-embed \
-        bench-cache bench-ingest bench-retrieve bench-evaluate test test-all lint types
+        bench-train bench-cache bench-ingest bench-retrieve bench-evaluate test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -82,6 +82,9 @@ bench-grid: $(STAMP) ## the grid for sasrec-id and tuned-cache on validation, af
 bench-embed: $(STAMP) ## the Ray job against its encoder, the roofline and sentence-transformers, after make data
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test,bench]' >&2
 	@$(HLLM) bench embed --config $(CONFIG) $(ARGS)
+
+bench-train: $(STAMP) ## training speed against RecTools' and RecBole's SASRec, stage I's tokens, memory (DATA=FOLDER)
+	@$(HLLM) bench train --config $(if $(DATA),paper-table.toml --data $(DATA),$(CONFIG)) $(ARGS)
 
 bench-cache: $(STAMP) ## a plan of 10M items, and opening 1M x 384 against np.load (20 GB of disk)
 	@$(HLLM) bench cache --config $(CONFIG) $(ARGS)

@@ -41,7 +41,7 @@ class Stopwatch:
         return self.steps < LEAST or self.seconds < self._limit
 
     def batches(self, epoch: Callable[[], Iterable[Any]], positions: Callable[[Any], int]) -> Iterator[Any]:
-        """Batches of one epoch after the other until the time is over; a step ends when the next batch is asked for."""
+        """Batches of epoch after epoch until the time is over; a step ends when the next batch is asked for."""
         while True:
             for batch in epoch():
                 yield batch
