@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +31,9 @@ from user_tower.train import TrainConfig, fit
 STAGE1_BATCH = 64
 LOSS_POSITIONS, LOSS_DIM = 2_048, 128
 LOSS_NEGATIVES = (4_096, 16_384, 65_536, 262_144)
-STEP_ITEMS, STEP_TOKENS = (512, 2_048, 8_192), 20
+STEP_ITEMS, STEP_TOKENS = (512, 2_048, 8_192), 16
 GRAPH_TOKENS = (4_096, 16_384)
+_MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 LONG_HISTORY, LONG_BATCH, LONG_CATALOG, LONG_DIM = 1_000, 8, 12_000, 384
 
 
@@ -136,7 +139,7 @@ def tiny_step(items: int, graph_tokens: int) -> tuple[JointStep, Batch]:
     """Stage I's step with a small random encoder, and a batch of 8 windows: most of its items are negatives, so that
     the user tower's own memory stays the same."""
     rng = np.random.default_rng(0)
-    shape = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 512}
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
     model = BertModel(BertConfig(vocab_size=1_000, **shape), add_pooling_layer=False)
     reads = EncoderConfig(pooling="mean", compute_dtype="float32")
     encoder = ItemEncoder(model, SimpleNamespace(pad_token_id=0), reads, TemplateConfig())
@@ -194,20 +197,33 @@ def long_memory(root: Path) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _blocks_given_back() -> Iterator[None]:
+    """Processes started meanwhile give every block of 1 MiB or more back to the system at once (glibc). What they
+    then hold is what is in use; by default the heap keeps holes between blocks of different size."""
+    os.environ[_MMAP_THRESHOLD] = str(1 << 20)
+    try:
+        yield
+    finally:
+        del os.environ[_MMAP_THRESHOLD]
+
+
 def memory_rows(root: Path) -> list[dict[str, Any]]:
-    """All curves, one process a point."""
-    works: list[tuple[str, Callable[[Path], dict[str, Any]]]] = [
-        (f"loss over {negatives} negatives", partial(loss_memory, negatives)) for negatives in LOSS_NEGATIVES
-    ]
-    works += [
-        (f"stage I step, {items} items, graph of {tokens} tokens", partial(step_memory, items, tokens))
-        for tokens in GRAPH_TOKENS
-        for items in STEP_ITEMS
-    ]
-    works.append((f"llm backbone, batch {LONG_BATCH}, history {LONG_HISTORY}", long_memory))
-    rows = []
-    for name, work in works:
-        row = apart(name, work, root)
+    """All curves, one process a point; stage I's in use, and for the smaller graph also with the heap as it is."""
+
+    def row(name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        found = apart(name, work, root)
         # those of ``apart`` hold what the parent had when it started this process
-        rows.append({key: value for key, value in row.items() if key not in ("start_mib", "peak_mib")})
+        return {key: value for key, value in found.items() if key not in ("start_mib", "peak_mib")}
+
+    rows = [row(f"memory, loss over {count} negatives", partial(loss_memory, count)) for count in LOSS_NEGATIVES]
+    for graph_tokens in GRAPH_TOKENS:
+        for items in STEP_ITEMS:
+            work = partial(step_memory, items, graph_tokens)
+            name = f"memory, stage I, {items} items, graph of {graph_tokens} tokens"
+            with _blocks_given_back():
+                rows.append(row(f"{name}, in use", work))
+            if graph_tokens == GRAPH_TOKENS[0]:
+                rows.append(row(f"{name}, the process", work))
+    rows.append(row(f"memory, llm backbone, batch {LONG_BATCH}, history {LONG_HISTORY}", long_memory))
     return rows
