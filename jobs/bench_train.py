@@ -171,29 +171,33 @@ def product_rate(items: int) -> float:
 def speeds(works: dict[str, Measure]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows, and the median rate of each: its best batch size first, then rounds in which all take turns."""
 
-    def rate(name: str, batch_size: int, seconds: float) -> float:
+    def measured(name: str, batch_size: int, seconds: float) -> dict[str, float]:
         found = works[name](batch_size, seconds)
-        value = found["positions"] / found["seconds"]
-        _say(f"{name} x {batch_size}: {value:.0f} positions/s, {found['steps']} steps in {found['seconds']:.1f} s")
-        return value
+        rates = {key: found["positions"] / found[key] for key in ("seconds", "cpu_seconds")}
+        steps = f"{found['steps']} steps in {found['seconds']:.1f} s"
+        _say(
+            f"{name} x {batch_size}: {rates['seconds']:.0f} positions/s, {steps}, {rates['cpu_seconds']:.0f} a CPU s"
+        )
+        return rates
 
-    tried = {name: {size: rate(name, size, GRID_SECONDS) for size in BATCHES[name]} for name in works}
+    tried = {name: {size: measured(name, size, GRID_SECONDS)["seconds"] for size in BATCHES[name]} for name in works}
     best = {name: max(rates, key=lambda size: rates[size]) for name, rates in tried.items()}
-    rounds: dict[str, list[float]] = {name: [] for name in works}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in works}
     for _ in range(ROUNDS):
         for name, found in rounds.items():
-            found.append(rate(name, best[name], ROUND_SECONDS))
+            found.append(measured(name, best[name], ROUND_SECONDS))
     rows = [
         {
             "name": f"training, {name}",
-            "positions_per_second": round(median(rounds[name]), 1),
+            "positions_per_second": round(median(rates["seconds"] for rates in rounds[name]), 1),
+            "positions_per_cpu_second": round(median(rates["cpu_seconds"] for rates in rounds[name]), 1),
             "batch_size": best[name],
-            "rounds": [round(value, 1) for value in rounds[name]],
+            "rounds": [round(rates["seconds"], 1) for rates in rounds[name]],
             "tried": {str(size): round(value, 1) for size, value in tried[name].items()},
         }
         for name in works
     ]
-    return rows, {name: median(values) for name, values in rounds.items()}
+    return rows, {name: median(rates["seconds"] for rates in found) for name, found in rounds.items()}
 
 
 def _training_rows(dataset: OpenDataset, training: Histories, store: Path) -> tuple[list[dict[str, Any]], dict]:
