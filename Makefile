@@ -87,6 +87,9 @@ bench-embed: $(STAMP) ## the Ray job against its encoder, the roofline and sente
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test,bench]' >&2
 	@$(HLLM) bench embed --config $(CONFIG) $(ARGS)
 
+bench-train: $(STAMP) ## training speed against RecTools' and RecBole's SASRec, stage I's tokens, memory (DATA=FOLDER)
+	@$(HLLM) bench train --config $(if $(DATA),paper-table.toml --data $(DATA),$(CONFIG)) $(ARGS)
+
 bench-cache: $(STAMP) ## a plan of 10M items, and opening 1M x 384 against np.load (20 GB of disk)
 	@$(HLLM) bench cache --config $(CONFIG) $(ARGS)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.files import disk_broken, disk_full
-from schemas.errors import PipelineError
+from schemas.errors import ConfigError, PipelineError
 from schemas.secrets import redact
 
 # command -> (what it does, does it take --snapshot, does it take --split)
@@ -94,9 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--data", metavar="FOLDER", help="holds items.parquet and interactions.parquet")
     table.add_argument("--budget-minutes", type=float, default=60, help="for the grid of each trained row")
     table.add_argument("--only", metavar="ROW,ROW", help="some rows of the table")
-    kinds = ("seeds", "grid", "embed", "cache", "ingest", "retrieve", "evaluate")
+    kinds = ("seeds", "grid", "embed", "train", "cache", "ingest", "retrieve", "evaluate")
     commands.choices["bench"].add_argument("bench", choices=kinds)
+    commands.choices["bench"].add_argument(
+        "--data", metavar="FOLDER", help="for train: holds items.parquet and interactions.parquet"
+    )
     return parser
+
+
+def _bench(name: str, config: str | None, sets: list[str], data: str | None) -> Callable[[], dict[str, Any]]:
+    if name == "train":
+        train = importlib.import_module("jobs.bench_train")
+        return lambda: train.run(config or ("paper-table.toml" if data else "demo.toml"), sets, data)
+    if data is not None:
+        raise ConfigError(f"--data {data}: bench {name} takes its data from --config")
+    benches = importlib.import_module("jobs.bench").BENCHES
+    return lambda: benches[name](config or "demo.toml", sets)
 
 
 def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
@@ -114,8 +127,7 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         table = importlib.import_module("jobs.paper_table")
         return lambda: table.run(config or "paper-table.toml", sets, **own)
     if command == "bench":
-        benches = importlib.import_module("jobs.bench").BENCHES
-        return lambda: benches[options["bench"]](config or "demo.toml", sets)
+        return _bench(options["bench"], config, sets, options["data"])
     module = importlib.import_module(f"jobs.{command.replace('-', '_')}")
     context = importlib.import_module("jobs.context").Context(
         importlib.import_module("jobs.config").load_config(config, options["name"], sets)

@@ -173,6 +173,17 @@ def local_store(config: Config) -> Path:
     return Path(config.store)
 
 
+def data_sets(folder: str, store: str) -> list[str]:
+    """What ``--data FOLDER`` sets: its two tables, and a store of its own. Raises ConfigError."""
+    path = Path(folder).resolve()
+    own = [f'data.name="{path.name}"', f'store="{store}-{path.name}"']  # one catalog a store
+    for table in ("items", "interactions"):
+        if not (path / f"{table}.parquet").is_file():
+            raise ConfigError(f"--data {folder}: there is no {table}.parquet; it holds items and interactions")
+        own.append(f'data.{table}="{path / table}.parquet"')
+    return own
+
+
 def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
     """The configuration of one command. Raises ConfigError naming file, key and value."""
     path = find_toml(toml) if toml else None

@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs import embed_items, evaluate, prepare_data, train_user, tune_items
 from jobs.compare_runs import user_values
-from jobs.config import Config, find_toml, load_config, local_store
+from jobs.config import Config, data_sets, find_toml, load_config, local_store
 from jobs.context import Context
 from pipeline.files import write_file
 from pipeline.metrics import paired_difference
@@ -62,15 +62,7 @@ class Row:
 
 
 def _settings(toml: str, data: str | None, name: str, sets: list[str]) -> Config:
-    own = []
-    if data is not None:
-        folder = Path(data).resolve()
-        for table in ("items", "interactions"):
-            if not (folder / f"{table}.parquet").is_file():
-                raise ConfigError(f"--data {data}: there is no {table}.parquet; it holds items and interactions")
-            own.append(f'data.{table}="{folder / table}.parquet"')
-        # one catalog a store
-        own += [f'data.name="{folder.name}"', f'store="{load_config(toml, name, []).store}-{folder.name}"']
+    own = [] if data is None else data_sets(data, load_config(toml, name, []).store)
     return load_config(toml, name, [*own, *sets])
 
 

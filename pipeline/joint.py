@@ -51,6 +51,22 @@ class JointConfig(BaseModel):
     """For so many steps on end."""
 
 
+def distinct_texts(batch: Batch, groups: IntArray, negatives: int, seed: int) -> tuple[IntArray, IntArray, IntArray]:
+    """What a step encodes: catalog rows that it needs; of which of them each distinct text is read; the text of each
+    row.
+
+    groups: [N], as in ``JointStep``; negatives: drawn from the catalog beside the batch's items.
+    """
+    real = batch.targets >= 0
+    needed = [batch.items[real], batch.targets[real]]
+    if negatives:
+        needed.append(np.random.default_rng(seed).integers(len(groups), size=negatives))
+    rows = np.unique(np.concatenate(needed))
+    # texts that are the same are encoded once, however many items carry them
+    _, texts, place = np.unique(groups[rows], return_index=True, return_inverse=True)
+    return rows, texts, place
+
+
 class JointStep(nn.Module):
     """Windows of histories to the joint loss, through the Item LLM; a ``step`` of ``user_tower.train.fit``.
 
@@ -93,7 +109,7 @@ class JointStep(nn.Module):
 
         Raises TrainingError when the items' vectors have collapsed.
         """
-        rows, texts, place = self._distinct(batch, seed)
+        rows, texts, place = distinct_texts(batch, self.groups, self.config.train.negatives, seed)
         encoded_MD = self._encode([self.token_ids[row] for row in rows[texts]])
         vectors_MD = F.normalize(encoded_MD, dim=-1)
         local = np.zeros(len(self.token_ids), dtype=np.int64)
@@ -110,18 +126,6 @@ class JointStep(nn.Module):
             self._guard(vectors_MD)
         catalog = Catalog(vectors_MD, None, numbers, encoded_MD.norm(dim=-1))
         return sequence_loss(self.tower, catalog, small, Negatives(numbers, None), self.config.near)
-
-    def _distinct(self, batch: Batch, seed: int) -> tuple[IntArray, IntArray, IntArray]:
-        """Catalog rows that the step needs; of which of them each distinct text is read; the text of each row."""
-        real = batch.targets >= 0
-        needed = [batch.items[real], batch.targets[real]]
-        if self.config.train.negatives:
-            rng = np.random.default_rng(seed)
-            needed.append(rng.integers(len(self.token_ids), size=self.config.train.negatives))
-        rows = np.unique(np.concatenate(needed))
-        # texts that are the same are encoded once, however many items carry them
-        _, texts, place = np.unique(self.groups[rows], return_index=True, return_inverse=True)
-        return rows, texts, place
 
     def _encode(self, distinct: list[list[int]]) -> Tensor:
         """Vectors of M tokenised texts, float32 [M, D], in every process."""

@@ -11,8 +11,42 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# logits of one chunk, in elements; a few buffers of that size in float32 and bfloat16 exist at once
-CHUNK_ELEMENTS = 1 << 20
+# logits of one chunk, in elements: small enough for a CPU's cache, enough rows for products at full speed. Two
+# buffers of that size exist at once, in bfloat16 three
+CHUNK_ELEMENTS = 1 << 21
+
+
+class _SameGroup:
+    """Which negatives are of each position's group. They are few: their places cost less than a mask [S, M]."""
+
+    def __init__(self, positive_groups: Tensor, negative_groups: Tensor) -> None:
+        groups, self.order = negative_groups.sort()
+        self.first = torch.searchsorted(groups, positive_groups)
+        self.counts = torch.searchsorted(groups, positive_groups, right=True) - self.first
+
+    def mask(self, logits_SM: Tensor, part: slice) -> None:
+        """Set their logits to minus infinity, for the positions of one chunk."""
+        first_S, counts_S = self.first[part], self.counts[part]
+        rows = torch.repeat_interleave(counts_S)
+        before_S = counts_S.cumsum(0) - counts_S
+        numbers = torch.arange(len(rows), device=rows.device) + (first_S - before_S)[rows]
+        logits_SM[rows, self.order[numbers]] = -torch.inf
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b; a product in bfloat16 is rounded to it before."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, likewise."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out += a @ b
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -42,34 +76,38 @@ class _InfoNCE(torch.autograd.Function):
         d_queries, d_positives = torch.zeros_like(queries_PD), torch.zeros_like(positives_PD)
         d_negatives = torch.zeros_like(negatives_MD)
         total, d_scale = queries_PD.new_zeros(()), queries_PD.new_zeros(())
+        same = _SameGroup(positive_groups, negative_groups)
+        # one buffer for all chunks: memory fresh from the system costs more than the product that fills it
+        buffer = queries_PD.new_empty(min(size, count), len(negatives_MD) + 1)
         for start in range(0, len(queries_PD), size):
             part = slice(start, start + size)
             queries_SD, positives_SD = queries_PD[part], positives_PD[part]
             queries_low = queries_SD.to(low)
             cosines_S = (queries_SD * positives_SD).sum(-1)
-            logits = queries_SD.new_empty(len(queries_SD), len(negatives_MD) + 1)
-            logits[:, :-1] = queries_low @ negatives_low.T
-            same = positive_groups[part, None] == negative_groups
+            logits = buffer[: len(queries_SD)]
+            against = logits[:, :-1]
+            _product_into(against, queries_low, negatives_low.T)
             if near is not None:
-                same |= positives_SD @ negatives_MD.T > near
-            logits[:, :-1].masked_fill_(same, -torch.inf)
+                against.masked_fill_(positives_SD @ negatives_MD.T > near, -torch.inf)
+            same.mask(against, part)
             logits[:, -1] = cosines_S
             logits *= scale
             if negative_log_q is not None:
                 assert positive_log_q is not None
-                logits[:, :-1] -= negative_log_q
+                against -= negative_log_q
                 logits[:, -1] -= positive_log_q[part]
-            weights = logits.softmax(-1)
-            # the largest weight is at least 1 / (M + 1): its logarithm is safe where the positive's may underflow
-            normaliser_S = logits.amax(-1) - weights.amax(-1).log()
-            total += (normaliser_S - logits[:, -1]).sum()
-            pull_S1 = weights[:, -1:] - 1
-            weights_low = weights[:, :-1].to(low)
-            mean_negative_SD = (weights_low @ negatives_low).to(queries_SD.dtype)
+            own_S = logits[:, -1].clone()
+            largest_S1 = logits.amax(-1, keepdim=True)
+            powers = logits.sub_(largest_S1).exp_()  # in place: a second buffer would push the first out of the cache
+            sum_S1 = powers.sum(-1, keepdim=True)  # at least 1
+            total += (largest_S1[:, 0] + sum_S1[:, 0].log() - own_S).sum()
+            pull_S1 = powers[:, -1:] / sum_S1 - 1
+            powers_low = powers[:, :-1].to(low)
+            mean_negative_SD = (powers_low @ negatives_low).to(queries_SD.dtype) / sum_S1
             d_queries[part] = mean_negative_SD + pull_S1 * positives_SD
             d_positives[part] = pull_S1 * queries_SD
             if ctx.needs_input_grad[2]:  # cached vectors are constants
-                d_negatives += weights_low.T @ queries_low
+                _add_product(d_negatives, powers_low.T, (queries_SD / sum_S1).to(low))
             d_scale += (queries_SD * mean_negative_SD).sum() + (pull_S1[:, 0] * cosines_S).sum()
         ctx.save_for_backward(d_queries, d_positives, d_negatives, d_scale, scale)
         ctx.count = count
