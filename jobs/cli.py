@@ -84,8 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--data", metavar="FOLDER", help="holds items.parquet and interactions.parquet")
     table.add_argument("--budget-minutes", type=float, default=60, help="for the grid of each trained row")
     table.add_argument("--only", metavar="ROW,ROW", help="some rows of the table")
-    kinds = ("seeds", "grid", "embed", "cache", "ingest", "retrieve", "evaluate")
-    commands.choices["bench"].add_argument("bench", choices=kinds)
+    kinds = ("seeds", "grid", "embed", "cache", "ingest", "retrieve", "evaluate", "fortnight")
+    bench = commands.choices["bench"]
+    bench.add_argument("bench", choices=kinds)
+    bench.add_argument("--data", metavar="FOLDER", help="for fortnight: holds items.parquet and interactions.parquet")
     return parser
 
 
@@ -101,6 +103,9 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         own = {"data": options["data"], "budget_minutes": options["budget_minutes"], "only": options["only"]}
         table = importlib.import_module("jobs.paper_table")
         return lambda: table.run(config or "paper-table.toml", sets, **own)
+    if command == "bench" and options["bench"] == "fortnight":
+        fortnight = importlib.import_module("jobs.bench_fortnight")
+        return lambda: fortnight.run(config or "fortnight.toml", sets, options["data"])
     if command == "bench":
         benches = importlib.import_module("jobs.bench").BENCHES
         return lambda: benches[options["bench"]](config or "demo.toml", sets)
