@@ -21,7 +21,7 @@ from jobs.config import Config, find_toml, load_config, local_store
 from jobs.context import inputs_hash
 from jobs.fortnight_feed import NIGHTS, Replay, open_replay
 from jobs.fortnight_night import Attempt, Ended, Serving, kept, refresh, roll_back, serving, stored_keys
-from pipeline.files import write_file
+from pipeline.files import exclusive, remove_folder, write_file
 from pipeline.report import as_text, tables_page
 from pipeline.store import Store
 from schemas.errors import ConfigError, ReleaseError
@@ -30,6 +30,7 @@ STATE, REPORT = "fortnight.json", "fortnight.html"
 METRIC = "the deciding metric"  # stands for evaluate.metric in PLAN
 _GOOD = Attempt("promoted")
 _NOBODY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+_PATIENCE = 2.0  # seconds between looks at a lock
 _ALWAYS = ("refresh.train=always",)
 
 
@@ -103,6 +104,7 @@ class Fortnight:
     def _resume(self) -> list[dict[str, Any]]:
         """Rows of the finished nights; the store as it was after them. Raises ConfigError for a foreign store."""
         if self._checkpoint.exists():
+            self._wait()
             shutil.rmtree(self.root, ignore_errors=True)
             shutil.copytree(self._checkpoint, self.root)
         state = self.root / STATE
@@ -118,14 +120,25 @@ class Fortnight:
         rows: list[dict[str, Any]] = found["rows"]
         return rows
 
+    def _wait(self) -> None:
+        """Until the refresh of a fortnight that was killed has ended; it goes on by itself."""
+        while self.root.exists():
+            with exclusive(self.root / ".refresh.lock") as ours:
+                if ours:
+                    return
+            print("waiting for the refresh of the fortnight before", file=sys.stderr, flush=True)
+            time.sleep(_PATIENCE)
+
     def _save(self, rows: list[dict[str, Any]]) -> None:
         """The rows, and a copy of the store to go on from."""
         write_file(self.root / STATE, json.dumps({"identity": self._identity, "rows": rows}, indent=1).encode())
         aside = self._checkpoint.with_name(f"{self._checkpoint.name}-new")
-        for folder in (aside, self._checkpoint) if len(rows) < NIGHTS else (self._checkpoint,):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         if len(rows) < NIGHTS:
             shutil.copytree(self.root, aside)
+        if self._checkpoint.exists():
+            remove_folder(self._checkpoint)  # its name first: half of it must not be gone on from
+        if len(rows) < NIGHTS:
             aside.rename(self._checkpoint)
 
     def run(self) -> None:

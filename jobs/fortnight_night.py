@@ -121,8 +121,8 @@ def refresh(store: Path, arguments: list[str], attempt: Attempt) -> Ended:
     printed = out.read_text().strip().splitlines()
     outcome = _STATUS.get(process.returncode)
     result = json.loads(printed[-1]) if printed and outcome != "killed" else {}
-    if "error" in result or "promoted" not in result:
-        outcome = outcome if outcome in ("error", "killed") else None
+    if outcome != "killed" and ("kind" if outcome == "error" else "promoted") not in result:
+        outcome = None  # a traceback, or a refresh that did nothing
     ended = [line for line in lines if line["event"] == "end"]
     named = [line["step"] for line in lines if "step" in line]
     why = [line["why"] for line in ended if line["step"] == "train-user" and line.get("why")]

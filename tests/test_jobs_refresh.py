@@ -131,7 +131,9 @@ def test_a_worse_model_is_held_and_says_why(workspace, embed_here):
 
 def test_one_bad_file_among_many_good_ones_is_held():
     def data(rows: int, unknown: int) -> Dataset:
-        return Dataset.model_construct(interactions=rows, rows_in={"interactions": rows}, filtered={"unknown items": unknown})
+        return Dataset.model_construct(
+            interactions=rows, rows_in={"interactions": rows}, filtered={"unknown items": unknown}
+        )
 
     assert _unknown_items(data(10_000, 100), None) == (0.01, "")
     assert _unknown_items(data(10_200, 300), data(10_000, 100)) == (1.0, "of 200 new rows")
