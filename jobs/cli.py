@@ -94,10 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--data", metavar="FOLDER", help="holds items.parquet and interactions.parquet")
     table.add_argument("--budget-minutes", type=float, default=60, help="for the grid of each trained row")
     table.add_argument("--only", metavar="ROW,ROW", help="some rows of the table")
-    kinds = ("seeds", "grid", "embed", "train", "cache", "ingest", "retrieve", "evaluate")
-    commands.choices["bench"].add_argument("bench", choices=kinds)
-    commands.choices["bench"].add_argument(
-        "--data", metavar="FOLDER", help="for train: holds items.parquet and interactions.parquet"
+    kinds = ("seeds", "grid", "embed", "train", "cache", "ingest", "retrieve", "evaluate", "fortnight")
+    bench = commands.choices["bench"]
+    bench.add_argument("bench", choices=kinds)
+    bench.add_argument(
+        "--data", metavar="FOLDER", help="for train, fortnight: holds items.parquet and interactions.parquet"
     )
     return parser
 
@@ -106,6 +107,9 @@ def _bench(name: str, config: str | None, sets: list[str], data: str | None) -> 
     if name == "train":
         train = importlib.import_module("jobs.bench_train")
         return lambda: train.run(config or ("paper-table.toml" if data else "demo.toml"), sets, data)
+    if name == "fortnight":
+        fortnight = importlib.import_module("jobs.bench_fortnight")
+        return lambda: fortnight.run(config or "fortnight.toml", sets, data)
     if data is not None:
         raise ConfigError(f"--data {data}: bench {name} takes its data from --config")
     benches = importlib.import_module("jobs.bench").BENCHES

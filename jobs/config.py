@@ -48,7 +48,7 @@ class ItemTowerConfig(BaseModel):
 
 
 class BenchConfig(BaseModel):
-    """Sizes of ``bench retrieve`` and ``bench evaluate``."""
+    """Sizes of ``bench retrieve``, ``bench evaluate`` and ``bench fortnight``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +57,10 @@ class BenchConfig(BaseModel):
     queries: int = Field(default=10_000, gt=0)
     users: int = Field(default=20_000, gt=0)
     """Of ``bench evaluate``; the goal is set at 200,711 users and 126,871 vectors."""
+    first_share: float = Field(default=0.7, gt=0, lt=1)
+    """Of the events, delivered on the first night of ``bench fortnight``."""
+    replay_users: int | None = Field(default=None, gt=0)
+    """Users of ``bench fortnight``, at random, with the items that they met; by default all."""
 
 
 class UsersConfig(BaseModel):

@@ -25,7 +25,7 @@ from jobs.config import Config
 from pipeline.cache import open_snapshot, require_fingerprint
 from pipeline.dataset import OpenDataset, open_dataset
 from pipeline.files import exclusive
-from pipeline.release import Registry, kept_ids
+from pipeline.release import Registry, kept_ids, rejected_towers
 from pipeline.store import Store, open_store
 from pipeline.tracking import Tracker
 from schemas.hashing import Digest
@@ -124,6 +124,10 @@ class Context:
     def kept_ids(self) -> frozenset[str]:
         """What no clean-up takes: everything that the champion and its parent name."""
         return frozenset(kept_ids(self.store, lambda: self.registry))
+
+    def rejected_towers(self) -> set[str]:
+        """User towers whose releases were all held or rolled back."""
+        return rejected_towers(self.store, lambda: self.registry)
 
     @cached_property
     def code(self) -> str:

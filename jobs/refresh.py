@@ -44,13 +44,25 @@ def _place(context: Context, name: str) -> Path:
     return context.store.root / name
 
 
+def newest_tower(context: Context) -> UserTower | None:
+    """The newest user tower of the name, but for those that nights held or an operator rolled back.
+
+    Where nothing may be trained and all were held, the newest of them: a held night is then tried again with it.
+    """
+    towers, rejected = context.store.all(UserTower, name=context.config.name), context.rejected_towers()
+    usable = [tower for tower in towers if tower.id not in rejected]
+    if not usable and context.config.refresh.train == "never":
+        usable = towers
+    return usable[-1] if usable else None
+
+
 def why_train(context: Context, fingerprint: str | None) -> str | None:
     """Why tonight trains a user tower, None when the newest stays. Raises ConfigError when it must and may not."""
     config, store = context.config.refresh, context.store
-    newest = store.newest(UserTower, name=context.config.name)
+    newest = newest_tower(context)
     reason = None
     if newest is None:
-        reason = f"there is no user tower called {context.config.name}"
+        reason = f"there is no user tower called {context.config.name} that was not held or rolled back"
     elif newest.item_fingerprint != fingerprint:
         reason = f"user tower {newest.id} reads item tower {newest.item_fingerprint}, tonight's is {fingerprint}"
     if reason is not None:
@@ -156,9 +168,8 @@ class _Night:
         """Train a user tower if the policy says so."""
         with self.step("train-user") as step:
             reason = why_train(context, fingerprint)
-            if reason is None:
-                tower = context.store.require(UserTower, name=self.config.name)
-            else:
+            tower = newest_tower(context)
+            if reason is not None or tower is None:
                 found = train_user.run(context, None if snapshot is None else snapshot.id)
                 tower = context.store.get(UserTower, found["user_tower"])
             step.counts(why=reason, user_tower=tower.id)

@@ -10,7 +10,7 @@ import numpy as np
 from jobs import evaluate
 from jobs.context import Context
 from pipeline.cache import read_items
-from pipeline.dataset import find_dataset, read_profile
+from pipeline.dataset import events_before, find_dataset, read_profile
 from pipeline.metrics import FloatArray, per_user
 from pipeline.release_gates import Gate, ReleaseGates, at_least, at_most, change, non_inferior, slices_not_worse
 from pipeline.slices import target_slices
@@ -19,6 +19,7 @@ from schemas import tables
 from schemas.records import Dataset, Release, Snapshot
 
 _DAY = 86_400_000
+_ENOUGH_ROWS = 100  # of new events, for a share of them to mean something
 Ranks = dict[tuple[str, str], tuple[int, int]]
 
 
@@ -48,19 +49,45 @@ def data_gates(context: Context, candidate: Candidate, champion: Release | None)
 
     lost = None if then is None else max(0, then.interactions - now.interactions) / max(1, then.interactions)
     days = None if then is None else (now.watermark - then.watermark) / _DAY
-    unknown = now.filtered.get("unknown items", 0) / max(1, now.rows_in.get("interactions", now.interactions))
+    unknown, of_what = _unknown_items(now, then)
     gates = [
         at_most("left out", left_out, limits.max_left_out),
         at_most("catalog size", change(*figure("items", tables.AVAILABLE)), limits.max_catalog_change),
         at_most("text length", change(*figure("items", "characters")), limits.max_text_change),
         at_most("interactions lost", lost, limits.max_interactions_lost),
-        at_most("unknown items", unknown, limits.max_unknown_items),
+        at_most("unknown items", unknown, limits.max_unknown_items, of_what),
+        at_most("late events", _late_events(context, now, then), limits.max_late_events),
         at_least("newer than the champion, days", days, 0.0),
     ]
     if limits.max_age_days is not None:
         age = (now.created_at - now.watermark) / _DAY
         gates.append(at_most("age of the newest event, days", age, limits.max_age_days))
     return gates
+
+
+def _unknown_items(now: Dataset, then: Dataset | None) -> tuple[float, str]:
+    """Share of events with an item that the catalog lacks, and of which rows: of all, or of those that came since the
+    champion where that is more, or else one bad file among many good ones would not be seen."""
+    rows = now.rows_in.get("interactions", now.interactions)
+    unknown = now.filtered.get("unknown items", 0)
+    whole = unknown / max(1, rows)
+    if then is None:
+        return whole, ""
+    new_rows = rows - then.rows_in.get("interactions", then.interactions)
+    if new_rows < _ENOUGH_ROWS:
+        return whole, ""
+    new = (unknown - then.filtered.get("unknown items", 0)) / new_rows
+    return (new, f"of {new_rows} new rows") if new > whole else (whole, "")
+
+
+def _late_events(context: Context, now: Dataset, then: Dataset | None) -> float | None:
+    """Share of the events that came since the champion which are more than a day older than its newest one; None
+    where too few came."""
+    new = 0 if then is None else now.interactions - then.interactions
+    if then is None or new < _ENOUGH_ROWS:
+        return None
+    limit = then.watermark - _DAY
+    return max(0, events_before(context.store, now, limit) - events_before(context.store, then, limit)) / new
 
 
 def index_gate(candidate: Candidate, limits: ReleaseGates) -> Gate:

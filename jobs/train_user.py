@@ -76,8 +76,9 @@ class Parent(NamedTuple):
 def find_parent(context: Context, features: Features) -> Parent | None:
     """The tower that ``train.warm_start`` names; None where there is none that fits.
 
-    ``newest``: the newest user tower of this name, item tower and shape, else the one that stage I trained beside
-    the Item LLM. Raises NotFoundError, ConfigError, FingerprintMismatchError for an id that does not fit.
+    ``newest``: the newest user tower of this name, item tower and shape whose releases were not all held or rolled
+    back, else the one that stage I trained beside the Item LLM. Raises NotFoundError, ConfigError,
+    FingerprintMismatchError for an id that does not fit.
     """
     config, store = context.config, context.store
 
@@ -103,8 +104,9 @@ def find_parent(context: Context, features: Features) -> Parent | None:
                 f"train from the beginning, or set user_tower as there"
             )
         return parent
+    rejected = context.rejected_towers()
     for record in reversed(store.all(UserTower, name=config.name, item_fingerprint=fingerprint)):
-        if UserTowerConfig(**record.config) == config.user_tower:
+        if UserTowerConfig(**record.config) == config.user_tower and record.id not in rejected:
             return opened(record)
     tuned = store.newest(ItemTower, fingerprint=fingerprint) if fingerprint else None
     if tuned is not None:

@@ -135,6 +135,16 @@ def read_profile(store: Store, record: Dataset) -> dict[str, Any]:
     return found
 
 
+def events_before(store: Store, record: Dataset, time: int) -> int:
+    """How many events of a data set are earlier than a time in milliseconds. Raises StoreError when it is damaged."""
+    path = store.folder(record) / "interactions.parquet"
+    try:
+        times = pq.read_table(path, columns=[tables.TIMESTAMP]).column(tables.TIMESTAMP).to_numpy()
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} cannot be read: {error}; run prepare-data again") from error
+    return int((times < time).sum())
+
+
 def open_dataset(store: Store, record: Dataset) -> OpenDataset:
     """Read a data set. Raises StoreError when a file is damaged."""
     folder = store.folder(record)

@@ -283,6 +283,19 @@ def serving_now(store: Store, registry: Registry) -> list[Release]:
     return found
 
 
+def rejected_towers(store: Store, registry: Callable[[], Registry]) -> set[str]:
+    """User towers that were released and never served, or were rolled back: no night builds on one of them.
+
+    Nothing is asked where there is no release.
+    """
+    if not store.all(Release):
+        return set()
+    own = registry()
+    served = {row["release"] for row in own.releases() if row[_PROMOTED] and not row[_WITHDRAWN]} | {own.champion()}
+    releases = store.all(Release, name=own.name)
+    return {each.user_tower for each in releases} - {each.user_tower for each in releases if each.id in served}
+
+
 def kept_ids(store: Store, registry: Callable[[], Registry]) -> set[str]:
     """Ids of every record that the champion and its parent name; nothing is asked where there is no release."""
     if not store.all(Release):

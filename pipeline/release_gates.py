@@ -30,7 +30,9 @@ class ReleaseGates(BaseModel):
     max_interactions_lost: float = Field(default=0.01, ge=0, le=1)
     """Share of the champion's interactions that are no longer there."""
     max_unknown_items: float = Field(default=0.1, ge=0, le=1)
-    """Share of events whose item the catalog does not have."""
+    """Share of events whose item the catalog does not have, of all and of those that came since the champion."""
+    max_late_events: float = Field(default=0.2, ge=0, le=1)
+    """Share of the events that came since the champion which are more than a day older than its newest one."""
     max_metric_loss: float = Field(default=0.005, ge=0)
     """Non-inferiority margin of evaluate.metric: the lower end of the paired interval must lie above minus this."""
     max_slice_loss: float = Field(default=0.02, ge=0)

@@ -145,6 +145,21 @@ def _table(header: list[str], cells: list[list[str]], best: str | None = None) -
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
+def tables_page(title: str, notes: list[str], sections: list[tuple[str, list[str], list[list[str]]]]) -> str:
+    """One self-contained page of tables. sections: heading, header and cells of each."""
+    parts = "".join(f"<h2>{escape(name)}</h2>{_table(header, cells)}" for name, header, cells in sections if cells)
+    told = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
+    return _document(title, f"<h1>{escape(title)}</h1>{told}{parts}")
+
+
+def _document(title: str, body: str) -> str:
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style>{body}</html>\n"
+    )
+
+
 def _whole_charts(page: Page) -> str:
     """The deciding metric of each run with its interval, and how far the others are behind the best."""
     every = [Series(run["name"], [(run["metrics"][page.metric], *run["ci95"][page.metric])]) for run in page.runs]
@@ -222,14 +237,12 @@ def _notes(page: Page) -> str:
 def as_html(page: Page) -> str:
     """One self-contained page: no scripts, nothing fetched."""
     data = _table(["figure", "now", "before"], page.figures) if page.figures else ""
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f"<title>{escape(page.title)}</title><style>{STYLE}</style>"
+    return _document(
+        page.title,
         f"<h1>Runs</h1><p><small>{escape(page.title)}</small></p>"
         f"{_table(*rows(page.runs, page.metric), page.names[0])}{_notes(page)}"
         f"{legend(page.names)}{_whole_charts(page)}{_slice_charts(page)}"
         f"<h2>{escape(page.metric)} by slice</h2>{_table(*slice_rows(page.runs, page.metric))}"
         f"<h2>Cost</h2>{_table(*cost_rows(page.runs))}<p><small>{COST_NOTE}</small></p>"
-        f"{_curves(page)}{_samples(page)}{'<h2>Data</h2>' + data if data else ''}</html>\n"
+        f"{_curves(page)}{_samples(page)}{'<h2>Data</h2>' + data if data else ''}",
     )

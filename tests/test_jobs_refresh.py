@@ -14,10 +14,15 @@ import numpy as np
 import polars as pl
 import pytest
 
+from jobs import train_user
 from jobs.cli import NIGHT as NIGHT_STEPS
+from jobs.config import load_config
+from jobs.context import Context
+from jobs.release_check import _late_events, _unknown_items
 from pipeline.files import exclusive
 from pipeline.release import open_release
 from schemas.errors import NotFoundError, ReleaseError
+from schemas.records import Dataset
 
 NAME = ("--name", "frozen-cache")
 NIGHT = (
@@ -112,6 +117,45 @@ def test_a_worse_model_is_held_and_says_why(workspace, embed_here):
     assert gate["value"] < -0.01
     assert champion(workspace).record.id == first["release"]
     assert workspace.run("refresh", *NIGHT, *worse, expect=3)["release"] == held["release"]  # still held
+
+    # the night after, which trains by the policy, neither pairs its data with the held tower nor begins with it
+    kept = workspace.run("refresh", *NIGHT)
+    assert kept["promoted"], kept["held_by"]
+    assert (kept["user_tower"], kept["champion"]) == (first["user_tower"], kept["release"])
+    assert held["user_tower"] in Context(load_config(str(workspace.toml), "frozen-cache", [])).rejected_towers()
+    context = Context(load_config(str(workspace.toml), "frozen-cache", ['train.warm_start="newest"']))
+    parent = train_user.find_parent(context, train_user.open_features(context, None))
+    assert parent is not None
+    assert parent.label == first["user_tower"]
+
+
+def test_one_bad_file_among_many_good_ones_is_held():
+    def data(rows: int, unknown: int) -> Dataset:
+        return Dataset.model_construct(
+            interactions=rows, rows_in={"interactions": rows}, filtered={"unknown items": unknown}
+        )
+
+    assert _unknown_items(data(10_000, 100), None) == (0.01, "")
+    assert _unknown_items(data(10_200, 300), data(10_000, 100)) == (1.0, "of 200 new rows")
+    assert _unknown_items(data(10_050, 150), data(10_000, 100)) == (150 / 10_050, "")  # too few to say so
+    assert _unknown_items(data(10_200, 100), data(10_000, 100)) == (100 / 10_200, "")
+
+
+def test_events_far_behind_the_champion_are_late(workspace):
+    context = Context(load_config(str(workspace.toml), "frozen-cache", []))
+    workspace.run("prepare-data", *NAME)
+    then = context.store.require(Dataset, name="board")
+    events = pl.read_csv(workspace.data("events"))
+    newest, day = events["timestamp"].max(), 86_400_000
+    times = [newest + day] * 90 + [newest - day // 2] * 60 + [newest - 3 * day] * 50
+    rows = [(f"u{number}", "i1", time + number) for number, time in enumerate(times)]
+    pl.concat([events, pl.DataFrame(rows, schema=events.schema, orient="row")]).write_csv(workspace.data("events"))
+    workspace.run("prepare-data", *NAME)
+    now = context.store.require(Dataset, name="board")
+    assert now.interactions - then.interactions == 200
+    assert _late_events(context, now, then) == 50 / 200
+    assert _late_events(context, now, None) is None
+    assert _late_events(context, then, now) is None
 
 
 @pytest.mark.parametrize(
