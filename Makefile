@@ -11,12 +11,13 @@ HLLM := $(BIN)/hllm
 RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
+.PHONY: help install demo data tune-items embed-items train-user train-ranker evaluate-ranker rank build-index \
+        evaluate compare-runs recommend \
         embed-users export-users refresh releases mlflow-ui paper-table bench-seeds bench-grid bench-embed \
-        bench-cache bench-ingest bench-retrieve bench-evaluate test test-all lint types
+        bench-cache bench-ingest bench-retrieve bench-evaluate bench-rank test test-all lint types
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-15s %s\n", $$1, $$2}'
 
 $(STAMP): constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +43,15 @@ embed-items: $(STAMP) ## embed new and changed items, publish a snapshot
 
 train-user: $(STAMP) ## stage II: train the user tower on the cache
 	@$(call RUN,train-user)
+
+train-ranker: $(STAMP) ## a ranker on clicks and what was shown (ARGS="--set ranker.fusion=early")
+	@$(call RUN,train-ranker)
+
+evaluate-ranker: $(STAMP) ## AUC and log loss of the ranker, with intervals
+	@$(call RUN,evaluate-ranker)
+
+rank: $(STAMP) ## click probabilities (ARGS="--user ID --items id,id")
+	@$(call RUN,rank)
 
 build-index: $(STAMP) ## FAISS index over the snapshot
 	@$(call RUN,build-index)
@@ -94,6 +104,9 @@ bench-retrieve: $(STAMP) ## exact and ANN search against FAISS flat and torch, 1
 
 bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k of the same users
 	@$(HLLM) bench evaluate --config $(CONFIG) $(ARGS)
+
+bench-rank: $(STAMP) ## what a candidate costs under late and early fusion, against a bare inner product
+	@$(HLLM) bench rank --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

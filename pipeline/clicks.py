@@ -43,8 +43,17 @@ class RankingConfig(RankerConfig):
     """Random places of each user's history from which an epoch asks; 0 for all."""
     candidates: int = Field(default=16, gt=0)
     """Candidates of one context in a batch; more are divided. With ``train.batch_size`` it bounds the memory."""
-    retrieval: str = "tuned-cache"
+    retrieval: str = Field(default="tuned-cache", exclude=True)
     """Name of the user tower whose retrieval score is evaluated beside it, where it is there and fits."""
+
+    @property
+    def meaning(self) -> str:
+        """What a label is, as it stands beside every figure."""
+        if self.labels == "column":
+            return f"click: label >= {self.positive_from:g}"
+        if self.labels == "events":
+            return f"click: {', '.join(self.positive_events)}; shown: {', '.join(self.negative_events)}"
+        return f"sampled: {self.negatives} items not met beside each event, not comparable with shown ones"
 
 
 @dataclass(frozen=True)

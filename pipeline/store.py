@@ -28,7 +28,7 @@ from pipeline.files import (
 )
 from schemas.errors import NotFoundError, StoreError
 from schemas.hashing import hash_texts
-from schemas.records import Dataset, Index, ItemTower, Record, Release, Snapshot, UserTower, UserVectors
+from schemas.records import Dataset, Index, ItemTower, Ranker, Record, Release, Snapshot, UserTower, UserVectors
 
 R = TypeVar("R", bound=Record)
 
@@ -37,6 +37,7 @@ FOLDERS: dict[type[Record], str] = {
     ItemTower: "item_towers",
     Snapshot: "snapshots",
     UserTower: "user_towers",
+    Ranker: "rankers",
     Index: "indexes",
     UserVectors: "user_vectors",
     Release: "releases",
@@ -46,6 +47,7 @@ MADE_BY: dict[type[Record], str] = {
     ItemTower: "hllm tune-items",
     Snapshot: "hllm embed-items",
     UserTower: "hllm train-user",
+    Ranker: "hllm train-ranker",
     Index: "hllm build-index",
     UserVectors: "hllm embed-users",
     Release: "hllm refresh",

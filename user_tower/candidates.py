@@ -79,6 +79,12 @@ class CandidateBatch(NamedTuple):
         )
 
 
+def contexts_of(examples: Examples) -> tuple[Histories, IntArray]:
+    """The distinct contexts, one row each, and [P] the row of each example."""
+    _, first, place = np.unique(_keys(examples), return_index=True, return_inverse=True)
+    return examples.histories.select(examples.users[first]).cut(examples.before[first]), place
+
+
 def draw_contexts(examples: Examples, count: int, rng: np.random.Generator) -> Examples:
     """The examples of at most ``count`` random contexts of each user; all of them for 0."""
     if not count or not len(examples):

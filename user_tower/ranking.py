@@ -204,7 +204,7 @@ class CandidateScorer:
         users_BF = self.ranker.user_factors(self.catalog, batch.context)
         device = users_BF.device
         if len(users_BF) == 1:  # one user's candidates: a matrix product
-            return self.items[torch.from_numpy(batch.candidates).to(device)] @ users_BF[0]
+            return (users_BF @ self.items[torch.from_numpy(batch.candidates).to(device)].T)[0]
         owners, candidates = torch.from_numpy(batch.owners).to(device), torch.from_numpy(batch.candidates).to(device)
         return (users_BF[owners] * self.items[candidates]).sum(-1)
 
