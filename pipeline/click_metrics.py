@@ -18,19 +18,20 @@ _Figure = Callable[[FloatArray], float]
 
 @dataclass(frozen=True)
 class ClickFigures:
-    """values: by name, NaN where a class is missing; draws: name -> [S] of the resamples, the same users in every
-    call with the same seed and number of users."""
+    """values: by name, those alone that the examples have; draws: name -> [S] of the resamples, the same users in
+    every call with the same seed and number of users, NaN where a resample lacks a class."""
 
     values: dict[str, float]
     draws: dict[str, FloatArray]
 
     def ci95(self) -> dict[str, list[float]]:
-        """The 95 % percentile intervals of the figures that are known."""
-        return {name: _interval(self.draws[name]) for name, value in self.values.items() if not np.isnan(value)}
+        """The 95 % percentile intervals; of the resamples that have the figure, and of its value where none has."""
+        return {name: _interval(np.append(self.draws[name], value)) for name, value in self.values.items()}
 
     def minus(self, other: ClickFigures, name: str) -> tuple[float, list[float]]:
         """The difference of a figure on the same users, with its paired interval."""
-        return self.values[name] - other.values[name], _interval(self.draws[name] - other.draws[name])
+        mean = self.values[name] - other.values[name]
+        return mean, _interval(np.append(self.draws[name] - other.draws[name], mean))
 
 
 def _interval(draws: FloatArray) -> list[float]:
@@ -91,7 +92,7 @@ def click_figures(
     scores: FloatArray, labels: IntArray, owners: IntArray, samples: int, *, logits: bool = True, seed: int = 0
 ) -> ClickFigures:
     """``auc`` over all examples; ``user_auc``, the AUC inside each user who has both, weighed by the user's examples
-    (GAUC, Zhou et al. 2018, eq. 7); and ``log_loss`` when the scores are logits. scores, labels, owners: [P].
+    (GAUC, Zhou et al. 2018, eq. 7), left out where nobody has; and ``log_loss`` when the scores are logits. scores, labels, owners: [P].
 
     Users are resampled with replacement (Efron and Tibshirani 1993, chapter 13), a user's examples stay together.
     """
@@ -126,8 +127,6 @@ def click_figures(
         drawn = np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
         for name, figure in figures.items():
             found[name].append(figure(drawn))
-    once = np.ones(count)
-    return ClickFigures(
-        {name: figure(once) for name, figure in figures.items()},
-        {name: np.array(values) for name, values in found.items()},
-    )
+    values = {name: figure(np.ones(count)) for name, figure in figures.items()}
+    known = [name for name, value in values.items() if not np.isnan(value)]
+    return ClickFigures({name: values[name] for name in known}, {name: np.array(found[name]) for name in known})
