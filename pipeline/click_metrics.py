@@ -91,8 +91,9 @@ def rate_entropy(labels: IntArray) -> float:
 def click_figures(
     scores: FloatArray, labels: IntArray, owners: IntArray, samples: int, *, logits: bool = True, seed: int = 0
 ) -> ClickFigures:
-    """``auc`` over all examples; ``user_auc``, the AUC inside each user who has both, weighed by the user's examples
-    (GAUC, Zhou et al. 2018, eq. 7), left out where nobody has; and ``log_loss`` when the scores are logits. scores, labels, owners: [P].
+    """``auc`` over all examples; ``user_auc``, the AUC inside each user who has both kinds, weighed by the user's
+    examples (GAUC, Zhou et al. 2018, eq. 7), left out where nobody has; ``log_loss`` when the scores are logits.
+    scores, labels, owners: [P].
 
     Users are resampled with replacement (Efron and Tibshirani 1993, chapter 13), a user's examples stay together.
     """

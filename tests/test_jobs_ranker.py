@@ -10,7 +10,7 @@ import pytest
 
 from jobs.cli import build_parser
 from pipeline.store import Store
-from schemas.records import Ranker
+from schemas.records import Ranker, UserTower
 
 BASE = ("--name", "frozen-cache")
 QUICK = ("--set", "train.epochs=2")
@@ -41,10 +41,10 @@ def test_clicks_of_a_log_with_labels_from_training_to_a_ranked_list(workspace, e
     workspace.run("embed-items", *BASE)
     missing = workspace.fails("evaluate-ranker", *BASE)
     assert "run hllm train-ranker first" in missing["error"]
-    made = workspace.run("train-ranker", *BASE, "--set", "train.epochs=6")
+    made = workspace.run("train-ranker", *BASE, "--set", "train.epochs=4")
     assert made["fusion"] == "late"
     assert set(made["valid"]) == {"auc", "log_loss", "loss"}
-    assert workspace.run("train-ranker", *BASE, "--set", "train.epochs=6")["reused"]
+    assert workspace.run("train-ranker", *BASE, "--set", "train.epochs=4")["reused"]
     workspace.run("train-user", *BASE, "--set", "train.epochs=1")
     found = workspace.run("evaluate-ranker", *BASE, "--set", "ranker.retrieval=frozen-cache")
     events = pl.read_csv(workspace.data("events")).sort("user_id", "timestamp")
@@ -100,6 +100,9 @@ def test_a_log_of_clicks_alone_on_ids_and_targets_that_a_ranker_was_trained_on(w
     assert found["retrieval"] is None
     workspace.run("train-user", "--name", "tuned-cache", "--set", "user_tower.features=id", *QUICK)
     assert workspace.run("evaluate-ranker", *ids)["retrieval"]["name"] == "tuned-cache"
+    warm = ("--name", "tuned-cache", "--set", "user_tower.features=id", "--set", "train.warm_start=newest")
+    made = workspace.run("train-ranker", *warm, *SAMPLED, *QUICK)
+    assert made["parent"] == Store(workspace.store).require(UserTower, name="tuned-cache").id
     events = pl.read_csv(workspace.data("events"))
     gone = pl.col("timestamp").rank("ordinal", descending=True).over("user_id") <= 2
     events.filter(~gone).write_csv(workspace.data("events"))
