@@ -44,6 +44,15 @@ embed-items: $(STAMP) ## embed new and changed items, publish a snapshot
 train-user: $(STAMP) ## stage II: train the user tower on the cache
 	@$(call RUN,train-user)
 
+train-ranker: $(STAMP) ## a ranker on clicks and what was shown (ARGS="--set ranker.fusion=early")
+	@$(call RUN,train-ranker)
+
+evaluate-ranker: $(STAMP) ## AUC and log loss of the ranker, with intervals
+	@$(call RUN,evaluate-ranker)
+
+rank: $(STAMP) ## click probabilities (ARGS="--user ID --items id,id")
+	@$(call RUN,rank)
+
 build-index: $(STAMP) ## FAISS index over the snapshot
 	@$(call RUN,build-index)
 
@@ -104,6 +113,9 @@ bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k 
 
 bench-fortnight: $(STAMP) ## DATA=FOLDER: 14 nights of it with faults, resumable; half an hour with amazon2014-beauty
 	@$(HLLM) bench fortnight --config fortnight.toml $(if $(DATA),--data $(DATA)) $(ARGS)
+
+bench-rank: $(STAMP) ## what a candidate costs under late and early fusion, against a bare inner product
+	@$(HLLM) bench rank --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

@@ -24,6 +24,9 @@ COMMANDS = {
     "tune-items": ("stage I: tune the Item LLM together with a small user tower", False, False),
     "embed-items": ("embed new and changed items, publish a snapshot", False, False),
     "train-user": ("stage II: train the user tower on a snapshot", True, False),
+    "train-ranker": ("train a ranker, late or early fusion, on clicks and what was shown", True, False),
+    "evaluate-ranker": ("AUC and log loss of the ranker called --name", True, True),
+    "rank": ("click probabilities of given items for a user", True, False),
     "build-index": ("FAISS index over a snapshot", True, False),
     "evaluate": ("full-catalog recall and NDCG of the run called --name", True, True),
     "compare-runs": ("one table of the newest evaluation of each name", False, True),
@@ -53,15 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", metavar="TOML", help="a file, or the name of a shipped one (demo.toml)")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
         if command not in ("demo", "bench", "paper-table"):
-            sub.add_argument("--name", help="run name: a user tower's, popularity or item-knn")
+            sub.add_argument("--name", help="run name: a user tower's or ranker's, popularity or item-knn")
         if snapshot:
             sub.add_argument("--snapshot", help="snapshot id; by default the newest that fits")
         if split:
             sub.add_argument("--split", choices=("valid", "test"), default="test")
+        if split and command != "evaluate-ranker":
             sub.add_argument(
                 "--negatives", type=int, metavar="N", help="for sampled: random items beside each target"
             )
-        if command in ("tune-items", "train-user", "evaluate", "compare-runs"):
+        if command in ("tune-items", "train-user", "train-ranker", "evaluate", "evaluate-ranker", "compare-runs"):
             sub.add_argument("--protocol", choices=PROTOCOLS, help="in place of evaluate.protocol")
     snapshots = commands.choices["snapshots"]
     snapshots.add_argument("action", choices=("list", "show", "clean"))
@@ -90,11 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--items", help="item ids, oldest first, with commas between")
     recommend.add_argument("--k", type=int, default=10, help="how many items")
     recommend.add_argument("--blocklist", metavar="FILE", help="item ids that are not recommended, one a line")
+    rank = commands.choices["rank"]
+    rank.add_argument("--user", required=True, help="a user of the data set; an unknown one has no history")
+    rank.add_argument("--items", required=True, help="the items to rank, ids with commas between")
     table = commands.choices["paper-table"]
     table.add_argument("--data", metavar="FOLDER", help="holds items.parquet and interactions.parquet")
     table.add_argument("--budget-minutes", type=float, default=60, help="for the grid of each trained row")
     table.add_argument("--only", metavar="ROW,ROW", help="some rows of the table")
-    kinds = ("seeds", "grid", "embed", "train", "cache", "ingest", "retrieve", "evaluate", "fortnight")
+    kinds = ("seeds", "grid", "embed", "train", "cache", "ingest", "retrieve", "evaluate", "rank", "fortnight")
     bench = commands.choices["bench"]
     bench.add_argument("bench", choices=kinds)
     bench.add_argument(
@@ -144,14 +151,11 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
         own = {"user": options["user"]}
     if command == "embed-items":
         own = {"plan_only": options["plan"], "allow_full": options["allow_full"]}
-    if command == "recommend":
+    if command in ("recommend", "rank"):
         items = (options["items"] or "").split(",")
-        own |= {
-            "user": options["user"],
-            "items": [item.strip() for item in items],
-            "k": options["k"],
-            "blocklist": options["blocklist"],
-        }
+        own |= {"user": options["user"], "items": [item.strip() for item in items]}
+    if command == "recommend":
+        own |= {"k": options["k"], "blocklist": options["blocklist"]}
     return lambda: module.run(context, **own)
 
 

@@ -23,6 +23,7 @@ from item_tower.encoder import EncoderConfig
 from item_tower.prompt import TemplateConfig
 from pipeline.ann import IndexConfig
 from pipeline.cleanup import RetentionConfig
+from pipeline.clicks import RankingConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.gates import GateConfig
 from pipeline.intake import DataConfig
@@ -116,6 +117,7 @@ class Config(BaseSettings):
     tune: JointConfig = JointConfig()
     user_tower: UserTowerConfig = UserTowerConfig()
     train: TrainConfig = TrainConfig()
+    ranker: RankingConfig = RankingConfig()
     index: IndexConfig = IndexConfig()
     retention: RetentionConfig = RetentionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -24,7 +24,7 @@ from pipeline.slices import list_figures, profile_popularity, slice_values, targ
 from pipeline.splits import Queries, Split, protocol_label, queries, training_label, training_part, with_negatives
 from schemas import tables
 from schemas.errors import ConfigError, DataError
-from schemas.records import ItemTower, Snapshot, UserTower
+from schemas.records import ItemTower, Ranker, Snapshot, UserTower
 from user_tower.sequences import Histories
 
 BASELINES: dict[str, Callable[[Histories, int], Recommender]] = {"popularity": Popularity, "item-knn": ItemKNN}
@@ -32,6 +32,7 @@ SAMPLE_USERS = 3
 SAMPLE_ITEMS = 5
 LIST = 10  # items of each user's list behind coverage and popularity bias
 RESULT_FORMAT = "3"  # of result.json; a result of another format is not reused
+_WHAT = {UserTower: "user tower", Ranker: "ranker"}
 TODAY = "every available item of the catalog: when each appeared is not known, so old targets meet newer items"
 
 
@@ -53,13 +54,14 @@ def protocol(context: Context) -> str:
     return protocol_label(context.dataset.histories, context.config.evaluate)
 
 
-def _require_same_split(context: Context, record: UserTower) -> None:
+def require_same_split(context: Context, record: UserTower | Ranker, command: str) -> None:
     """Raises ConfigError when the tower was trained on events that this protocol asks about."""
     wanted = training_label(context.dataset.histories, context.config.evaluate)
     if record.dataset == context.dataset.record.digest and record.split != wanted:
         raise ConfigError(
-            f"user tower {record.id} ({record.name}) was trained on the training part of {record.split!r}; this "
-            f"protocol's is {wanted!r}: it may have seen the targets. Run train-user with the same evaluate.protocol"
+            f"{_WHAT[type(record)]} {record.id} ({record.name}) was trained on the training part of "
+            f"{record.split!r}; this protocol's is {wanted!r}: it may have seen the targets. Run {command} with the "
+            f"same evaluate.protocol"
         )
 
 
@@ -76,7 +78,7 @@ def open_subject(context: Context, snapshot_id: str | None, tower_id: str | None
         recommender = BASELINES[name](training, len(dataset.item_ids))
         return Subject(recommender, dataset.item_ids, dataset.available, name, {})
     serving = context.serving_tower(snapshot_id, tower_id)
-    _require_same_split(context, serving.record)
+    require_same_split(context, serving.record, "train-user")
     tags = {
         "user_tower": serving.record.id,
         "fingerprint": str(serving.record.item_fingerprint),
@@ -96,15 +98,18 @@ def open_subject(context: Context, snapshot_id: str | None, tower_id: str | None
     )
 
 
-def _trained_targets(context: Context, subject: Subject, asked: Queries) -> tuple[str | None, NDArray[np.bool_]]:
-    """What is known of the events that the towers were trained on, and [P] the targets among these (DESIGN 7).
+def trained_targets(
+    context: Context, own: UserTower | Ranker | None, snapshot: Snapshot | None, asked: Queries
+) -> tuple[str | None, NDArray[np.bool_]]:
+    """What is known of the events that a tower and the Item LLM of its snapshot were trained on, and [P] the targets
+    among these (DESIGN 7).
 
     "recorded", "unknown" where weights come from elsewhere, None without towers. Raises DataError as configured.
     """
     seen = np.zeros(len(asked.targets), dtype=bool)
-    towers: list[ItemTower | UserTower] = [subject.user_tower] if subject.user_tower else []
-    if subject.snapshot is not None:
-        towers += context.item_towers(subject.snapshot)
+    towers: list[ItemTower | UserTower | Ranker] = [own] if own else []
+    if snapshot is not None:
+        towers += context.item_towers(snapshot)
     if not towers:
         return None, seen
     dataset = context.dataset
@@ -120,7 +125,7 @@ def _trained_targets(context: Context, subject: Subject, asked: Queries) -> tupl
                 f"evaluate.trained_targets = leave-out"
             )
         seen |= found
-    untuned = subject.snapshot is not None and len(towers) == 1
+    untuned = snapshot is not None and len(towers) == 1
     return "unknown" if untuned or any(tower.cutoff == "unknown" for tower in towers) else "recorded", seen
 
 
@@ -272,7 +277,7 @@ def _lists(asked: Queries, ranks: Ranks, pool: Pool, counts: IntArray, rows: Int
 class Work:
     """asked: the questions in the data set's rows; questions: in the subject's; rows: [N] from these to those.
 
-    cutoff: see ``_trained_targets``; left_out: targets that the towers were trained on.
+    cutoff: see ``trained_targets``; left_out: targets that the towers were trained on.
     """
 
     subject: Subject
@@ -288,7 +293,7 @@ def prepare(context: Context, split: Split, subject: Subject) -> Work:
     """The questions of the protocol. Raises DataError, ConfigError."""
     config, dataset = context.config.evaluate, context.dataset
     asked = queries(dataset.histories, split, config)
-    cutoff, trained = _trained_targets(context, subject, asked)
+    cutoff, trained = trained_targets(context, subject.user_tower, subject.snapshot, asked)
     if trained.all():
         raise DataError(f"the towers were trained on all {len(trained)} targets of this evaluation; nothing is left")
     if config.protocol == "sampled":

@@ -18,7 +18,7 @@ from pipeline.embeddings import EmbeddingFile, decode_keys, read_file, read_keys
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
-from schemas.records import Index, ItemTower, Record, Snapshot, UserTower, UserVectors
+from schemas.records import Index, ItemTower, Ranker, Record, Snapshot, UserTower, UserVectors
 
 _HOUR = 3_600_000
 _ATTEMPTS = 5
@@ -50,10 +50,12 @@ class Cleaned:
 
 
 def in_use(store: Store) -> set[str]:
-    """Fingerprints that somebody reads: of the newest tuned tower, of every user tower, of the newest snapshot."""
+    """Fingerprints that somebody reads: of the newest tuned tower, of every user tower and ranker, of the newest
+    snapshot."""
     tower, snapshot = store.newest(ItemTower), store.newest(Snapshot)
-    newest = {record.name: record.item_fingerprint for record in store.all(UserTower)}
-    found = {name for name in newest.values() if name is not None}
+    towers = {record.name: record.item_fingerprint for record in store.all(UserTower)}
+    rankers = {record.name: record.item_fingerprint for record in store.all(Ranker)}
+    found = {name for name in (*towers.values(), *rankers.values()) if name is not None}
     return found | ({tower.fingerprint} if tower else set()) | ({snapshot.fingerprint} if snapshot else set())
 
 

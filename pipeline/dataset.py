@@ -158,6 +158,15 @@ def open_dataset(store: Store, record: Dataset) -> OpenDataset:
     return OpenDataset(record, items, _histories(items, events))
 
 
+def read_labels(store: Store, record: Dataset) -> pa.Table:
+    """Event types and labels of all events, in the order of ``OpenDataset.histories``. Raises StoreError."""
+    path = store.folder(record) / "interactions.parquet"
+    try:
+        return pq.read_table(path, columns=[tables.EVENT, tables.LABEL], read_dictionary=[tables.EVENT])
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"data set {path} cannot be read: {error}; run prepare-data again") from error
+
+
 def _histories(items: pa.Table, events: pa.Table) -> Histories:
     catalog = pl.DataFrame({tables.ITEM_ID: items.column(tables.ITEM_ID)}).with_row_index("catalog_row")
     rows = pl.DataFrame(events).join(catalog, on=tables.ITEM_ID, how="left", maintain_order="left")

@@ -201,13 +201,14 @@ def _before(histories: Histories, time: int) -> IntArray:
     return np.diff(earlier[histories.offsets])
 
 
-def queries(histories: Histories, split: Split, config: SplitConfig) -> Queries:
+def queries(histories: Histories, split: Split, config: SplitConfig, distinct: bool = True) -> Queries:
     """The questions of a protocol, over the whole catalog (``with_negatives`` makes them sampled ones).
 
-    Raises DataError when nobody can be asked.
+    distinct: under ``temporal``, a user's targets are the distinct items of the window; else all its events. Raises
+    DataError when nobody can be asked.
     """
     if config.protocol == "temporal":
-        return _temporal(histories, split, config)
+        return _temporal(histories, split, config, distinct)
     users = np.flatnonzero(histories.lengths >= LEAST_EVENTS)
     if len(users) == 0:
         raise DataError(
@@ -220,17 +221,18 @@ def queries(histories: Histories, split: Split, config: SplitConfig) -> Queries:
     return Queries(chosen.cut(ends), chosen.items[places], times=times, numbers=ends)
 
 
-def _temporal(histories: Histories, split: Split, config: SplitConfig) -> Queries:
-    """Histories up to the window, targets the distinct items in it, in their order."""
+def _temporal(histories: Histories, split: Split, config: SplitConfig, distinct: bool) -> Queries:
+    """Histories up to the window, targets the events in it, or its distinct items, in their order."""
     first, second = boundaries(histories, config)
     times = _times(histories)
     start = first if split == "valid" else second
     inside = (times >= start) & ((times < second) if split == "valid" else True)
     owners = np.repeat(np.arange(len(histories)), histories.lengths)
     places = np.flatnonzero(inside)
-    pairs = np.stack([owners[places], histories.items[places]], axis=1)
-    _, kept = np.unique(pairs, axis=0, return_index=True)
-    places = places[np.sort(kept)]
+    if distinct:
+        pairs = np.stack([owners[places], histories.items[places]], axis=1)
+        _, kept = np.unique(pairs, axis=0, return_index=True)
+        places = places[np.sort(kept)]
     users, counts = np.unique(owners[places], return_counts=True)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     asked = histories.cut(_before(histories, start)).select(users)

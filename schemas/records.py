@@ -97,6 +97,27 @@ class UserTower(Record):
     valid: dict[str, float]
 
 
+class Ranker(Record):
+    """A trained ranker: click probabilities of given candidates."""
+
+    name: str
+    fusion: str
+    features: str
+    inputs: str
+    item_fingerprint: str | None  # None: it reads ids only
+    snapshot: str | None  # trained on; a later snapshot of the same fingerprint may serve it
+    parent: str | None = None  # the user tower whose weights it began with
+    dataset: str
+    split: str
+    cutoff: Cutoff
+    fingerprint: str
+    config: dict[str, Any]
+    run_id: str
+    steps: int
+    examples_per_second: float
+    valid: dict[str, float]
+
+
 class Index(Record):
     """A FAISS index over the available items of one snapshot."""
 

@@ -202,6 +202,7 @@ def embed_in_this_process(calls: list[list[str]]):
 
     def embed(order, windows, workers):
         worker = EmbedAndWrite(order, Ledger())
+        torch.set_num_threads(1)  # it set those of a process of its own; this one goes on with tiny models
         for window in windows:
             texts = read_texts(worker.catalog, worker.encoder.template, window.column(ROW).to_numpy())
             if not window.column(PROBE)[0].as_py():

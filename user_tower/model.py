@@ -96,7 +96,7 @@ class UserTower(nn.Module):
         self.config = config
         self.item_dim = item_dim
         self.vocabulary = vocabulary
-        self.backbone, hidden = make_backbone(
+        self.backbone, self.hidden = make_backbone(
             config.backbone,
             hidden=config.hidden,
             layers=config.layers,
@@ -106,6 +106,7 @@ class UserTower(nn.Module):
             pretrained=config.pretrained,
             architecture=architecture,
         )
+        hidden = self.hidden
         self.output: nn.Module = nn.Identity()
         if not config.projections and item_dim != hidden:
             raise ConfigError(
@@ -168,19 +169,29 @@ class UserTower(nn.Module):
         A query is in the space of ``item_vectors``, L2-normalised under ``cosine``. Positions count from the
         end (the newest event has history - 1), so that a short history looks like the end of a long one.
         """
+        return self.project(self.read(self.inputs(catalog, items), lengths, times))
+
+    def inputs(self, catalog: Catalog, items: Tensor) -> Tensor:
+        """What the backbone reads of each item; items: int64 [...] catalog rows. Returns [..., H]."""
         if self.config.features == "id":
             assert catalog.id_rows is not None
-            x_BTH = self.ids(catalog.id_rows[items])
-        elif not self.config.projections:
+            return self.ids(catalog.id_rows[items])
+        if not self.config.projections:
             assert catalog.norms is not None
-            x_BTH = self.item_vectors(catalog, items) * catalog.norms[items][..., None]
-        else:
-            x_BTH = self.input(self.item_vectors(catalog, items))
+            return self.item_vectors(catalog, items) * catalog.norms[items][..., None]
+        return self.input(self.item_vectors(catalog, items))
+
+    def read(self, x_BTH: Tensor, lengths: Tensor, times: Tensor) -> Tensor:
+        """The backbone over ``inputs``, right-padded; lengths: [B]; times: int64 [B, T]. Returns [B, T, H]."""
         if self.times is not None:
             x_BTH = x_BTH + self.times(times)
-        steps = torch.arange(items.shape[1], device=items.device)
+        steps = torch.arange(x_BTH.shape[1], device=x_BTH.device)
         positions = (self.config.history - lengths[:, None] + steps).clamp(0, self.config.history - 1)
-        queries = self.output(self.backbone(x_BTH, positions, times)).float()
+        return self.backbone(x_BTH, positions, times)
+
+    def project(self, read_H: Tensor) -> Tensor:
+        """Queries of what was read, float32 [..., D or H]; read_H: [..., H]."""
+        queries = self.output(read_H).float()
         return F.normalize(queries, dim=-1) if self.config.similarity == "cosine" else queries
 
     def scale(self) -> Tensor:

@@ -108,6 +108,20 @@ def last_events(histories: Histories, length: int) -> Batch:
     return _pad(histories, np.maximum(histories.offsets[:-1], ends - length), ends, with_targets=False)
 
 
+def context_batch(histories: Histories, users: IntArray, before: IntArray, length: int) -> Batch:
+    """The newest ``length`` of the first ``before[b]`` events of each user ``users[b]``, possibly none. Targets: the
+    next event of each position, also of the last one where the histories go on."""
+    begins = histories.offsets[:-1][users]
+    ends = begins + before
+    batch = _pad(histories, np.maximum(begins, ends - length), ends, with_targets=False)
+    steps = np.arange(batch.items.shape[1])
+    following = (ends - batch.lengths)[:, None] + steps + 1
+    real = (steps < batch.lengths[:, None]) & (following < histories.offsets[1:][users][:, None])
+    if real.any():
+        batch.targets[real] = histories.items[following[real]]
+    return batch
+
+
 def training_windows(histories: Histories, length: int, rng: np.random.Generator) -> IntArray:
     """Windows of at most ``length`` + 1 events that overlap by one, so that each event is a target once; [W, 2],
     the first event of each and the one after its last.

@@ -33,7 +33,18 @@ def sequence_loss(
     device = catalog.groups.device
     items, lengths, targets, times = (torch.from_numpy(array).to(device) for array in batch)
     queries_PD = tower(catalog, items, lengths, times)[targets >= 0]
-    target_rows = targets[targets >= 0]
+    return query_loss(tower, catalog, queries_PD, targets[targets >= 0], negatives, near)
+
+
+def query_loss(
+    tower: UserTower,
+    catalog: Catalog,
+    queries_PD: Tensor,
+    target_rows: Tensor,
+    negatives: Negatives,
+    near: float | None = None,
+) -> Tensor:
+    """InfoNCE of queries, float32 [P, D], towards their targets, int64 [P] catalog rows; a scalar."""
     log_q_N = negatives.log_q
     return info_nce(
         queries_PD,

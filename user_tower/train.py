@@ -1,4 +1,4 @@
-"""The one training loop, for every backbone, for the ID baselines and for the joint stage.
+"""The one training loop, for every backbone, for the ID baselines, for the joint stage and for the rankers.
 
 Everything random in a step follows from the seed, the number of the step and the rank of the process, so a
 training that goes on from a checkpoint, and one that is divided among processes, is the same training.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -29,10 +29,22 @@ from tqdm import tqdm
 from schemas.errors import TrainingError
 from user_tower.lora import LoraSettings
 from user_tower.negatives import Sampling
-from user_tower.sequences import Batch
 
 # the main process validates while the others wait
 _PATIENCE = datetime.timedelta(hours=6)
+
+
+class StepBatch(Protocol):
+    """What one step trains on, of all processes together."""
+
+    @property
+    def positions(self) -> int:
+        """What the loss is a mean over."""
+        ...
+
+    def share(self, rank: int, world: int) -> Self:
+        """The part of one of ``world`` processes; never empty, though its ``positions`` may be 0."""
+        ...
 
 
 class TrainConfig(BaseModel):
@@ -170,7 +182,7 @@ class _Loop:
     def out_of_steps(self) -> bool:
         return self.place.result.steps == self.config.max_steps
 
-    def epoch(self, batches: Iterable[Batch], progress: tqdm) -> float:
+    def epoch(self, batches: Iterable[StepBatch], progress: tqdm) -> float:
         """Train on what is left of the epoch, up to ``max_steps`` in all; returns its mean loss.
 
         Raises TrainingError.
@@ -197,7 +209,7 @@ class _Loop:
         place.batches, place.loss_sum = 0, 0.0
         return loss
 
-    def _step(self, batch: Batch) -> float:
+    def _step(self, batch: StepBatch) -> float:
         accelerator, number = self.accelerator, self.place.result.steps
         rank, world = accelerator.process_index, accelerator.num_processes
         own = batch.share(rank, world)
@@ -279,7 +291,7 @@ class _Loop:
 def fit(
     step: nn.Module,
     parameter_groups: list[dict],
-    epoch_batches: Callable[[int], Iterable[Batch]],
+    epoch_batches: Callable[[int], Iterable[StepBatch]],
     validate: Callable[[], dict[str, float]],
     config: TrainConfig,
     *,
