@@ -62,14 +62,20 @@ def _owner(serving: ServingTower) -> str | None:
     return None if serving.record.features == "text" else serving.record.id
 
 
+def _data(context: Context) -> str | None:
+    """Digest of the data set whose histories the report asks after, where there is one."""
+    record = context.dataset_or_none()
+    return record.digest if record else None
+
+
 def _inputs(context: Context, serving: ServingTower) -> str:
     """Of all that decides the index and its report."""
-    data, snapshot, config = context.dataset_or_none(), serving.snapshot, context.config
+    snapshot, config = serving.snapshot, context.config
     return inputs_hash(
         _FORMAT,
         serving.record.fingerprint,
         snapshot.id if snapshot else None,
-        data.digest if data else None,
+        _data(context),
         config.evaluate,
         config.index,
     )
@@ -104,6 +110,7 @@ def run(context: Context, snapshot: str | None = None, tower: str | None = None)
         raise DataError(f"none of the {len(serving.item_ids)} items is available; an index would be empty")
     snapshot_id = serving.snapshot.id if serving.snapshot else None
     tags = {"inputs": inputs, "user_tower": serving.record.id, "snapshot": str(snapshot_id)}
+    tags["dataset"] = str(_data(context))
     # opened first: a disk too full for its own record must not be found out after the index is published
     with context.tracker.run("index", context.config.name, context.settings("index"), tags) as logged:
         record, reused = build_index(

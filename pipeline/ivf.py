@@ -82,7 +82,8 @@ def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) ->
     """The k largest inner products of queries [Q, D] with the vectors in their lists.
 
     probes [Q, P]: the lists of each query, nearest first, -1 for none. Scores float32 and rows int64 [Q, k], best
-    first, equal ones in any order; -inf and -1 where the lists hold fewer. The first lists give each query a floor; of the others only what reaches it is kept.
+    first, equal ones in any order; -inf and -1 where the lists hold fewer. The first lists give each query a floor;
+    of the others only what reaches it is kept.
     """
     scores = np.empty((len(queries), k), dtype=np.float32)
     rows = np.empty((len(queries), k), dtype=np.int64)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 
 from jobs.bench import BENCHES
 from jobs.bench_vectors import random_cuts
+from jobs.config import load_config
+from jobs.context import Context
 from user_tower.sequences import Histories
 
 
@@ -17,7 +21,13 @@ def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
     built = workspace.run("build-index")
     assert (built["kind"], built["ann"]["ann_loss"], built["ann"]["queries"]) == ("flat", 0.0, 60)
     assert built["ann"]["model_recall"] == built["ann"]["index_recall"]
-    assert workspace.run("build-index")["reused"]
+    assert workspace.run("build-index") == {**built, "reused": True}
+    config = load_config(str(workspace.toml), None, [])
+    assert len(Context(config).tracker.find(kind="index")) == 1  # what was answered again is no new run
+    workspace.run("evaluate", "--set", "evaluate.metric=recall@5")
+    page = Path(workspace.run("compare-runs")["report"]).read_text()
+    assert "Index: model recall and ANN loss" in page
+    assert "<td>flat</td><td>-</td><td>60</td>" in page  # exact: nothing to choose, so no curve
 
     plain = workspace.run("recommend", "--user", "u0", "--k", "3")
     assert (plain["fallback"], plain["users_without_history"], plain["blocked"]) == (None, 0, 0)
