@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.context import Context, ServingTower
+from jobs.context import Context, ServingTower, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.index import ann_report, build_index, open_index
 from pipeline.splits import queries
@@ -18,6 +19,8 @@ from schemas.errors import DataError, NotFoundError
 from schemas.records import Index
 
 SAMPLE, REPORT_K = 1000, 100
+RESULT = "index.json"
+_FORMAT = "1"  # of RESULT
 
 
 def _report(
@@ -54,39 +57,86 @@ def _report(
     return ann_report(index, vectors, torch.cat(found).cpu().numpy(), in_index[part.targets], REPORT_K, seen)
 
 
+def _owner(serving: ServingTower) -> str | None:
+    """Candidates that are not the cached vectors themselves belong to this one tower."""
+    return None if serving.record.features == "text" else serving.record.id
+
+
+def _data(context: Context) -> str | None:
+    """Digest of the data set whose histories the report asks after, where there is one."""
+    record = context.dataset_or_none()
+    return record.digest if record else None
+
+
+def _inputs(context: Context, serving: ServingTower) -> str:
+    """Of all that decides the index and its report."""
+    snapshot, config = serving.snapshot, context.config
+    return inputs_hash(
+        _FORMAT,
+        serving.record.fingerprint,
+        snapshot.id if snapshot else None,
+        _data(context),
+        config.evaluate,
+        config.index,
+    )
+
+
+def _finished(context: Context, serving: ServingTower, inputs: str) -> dict[str, Any] | None:
+    """What a finished run of the same inputs answered, where its index is the one in force."""
+    snapshot = serving.snapshot.id if serving.snapshot else None
+    newest = context.store.newest(Index, snapshot=snapshot, user_tower=_owner(serving))
+    if newest is None:
+        return None
+    for run in context.tracker.find(kind="index", inputs=inputs, index=newest.id)[:1]:
+        found: dict[str, Any] = context.tracker.read_json(run.run_id, RESULT)
+        return {**found, "reused": True}
+    return None
+
+
 def run(context: Context, snapshot: str | None = None, tower: str | None = None) -> dict[str, Any]:
-    """Build, publish. Raises NotFoundError, FingerprintMismatchError, DataError."""
+    """Build, publish, measure, log. What a finished run of the same inputs made is answered again, with no new run.
+
+    Raises NotFoundError, FingerprintMismatchError, DataError.
+    """
     started = time.perf_counter()
     serving = context.serving_tower(snapshot, tower)
+    inputs = _inputs(context, serving)
+    if (finished := _finished(context, serving, inputs)) is not None:
+        return finished
     with torch.inference_mode():
         vectors = serving.tower.item_vectors(serving.catalog).float().cpu().numpy()
     rows = np.flatnonzero(serving.available)
     if len(rows) == 0:
         raise DataError(f"none of the {len(serving.item_ids)} items is available; an index would be empty")
+    snapshot_id = serving.snapshot.id if serving.snapshot else None
+    tags = {"inputs": inputs, "user_tower": serving.record.id, "snapshot": str(snapshot_id)}
+    tags["dataset"] = str(_data(context))
     # opened first: a disk too full for its own record must not be found out after the index is published
-    with context.tracker.run("index", context.config.name, context.settings("index"), {}) as logged:
+    with context.tracker.run("index", context.config.name, context.settings("index"), tags) as logged:
         record, reused = build_index(
             context.store,
             context.config.index,
             [serving.item_ids[row] for row in rows],
             vectors[rows],
-            snapshot=serving.snapshot.id if serving.snapshot else None,
+            snapshot=snapshot_id,
             item_fingerprint=serving.record.item_fingerprint,
-            # candidates that are not the cached vectors themselves belong to this one tower
-            user_tower=None if serving.record.features == "text" else serving.record.id,
+            user_tower=_owner(serving),
         )
         seconds = round(time.perf_counter() - started, 3)
         ann = _report(context, serving, record, vectors[rows], rows)
+        result = {
+            "index": record.id,
+            "snapshot": record.snapshot,
+            "kind": record.kind,
+            "vectors": record.vectors,
+            "bytes": record.bytes,
+            "seconds": seconds,
+            "ann": ann,
+            "reused": reused,
+        }
         logged.tags({"index": record.id})
-        logged.metrics({f"ann_{key}": value for key, value in ann.items() if key != "none"})
-    print(f"{record.kind}, {record.vectors} vectors, {record.bytes} bytes; {ann}", file=sys.stderr)
-    return {
-        "index": record.id,
-        "snapshot": record.snapshot,
-        "kind": record.kind,
-        "vectors": record.vectors,
-        "bytes": record.bytes,
-        "seconds": seconds,
-        "ann": ann,
-        "reused": reused,
-    }
+        logged.metrics({f"ann_{key}": value for key, value in ann.items() if isinstance(value, int | float)})
+        logged.artifact(RESULT, json.dumps(result, indent=1))
+    shown = {key: value for key, value in ann.items() if key != "trade_off"}
+    print(f"{record.kind}, {record.vectors} vectors, {record.bytes} bytes; {shown}", file=sys.stderr)
+    return result

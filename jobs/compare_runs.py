@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from jobs.build_index import RESULT as INDEX_RESULT
 from jobs.context import Context
 from jobs.evaluate import RESULT_FORMAT, protocol
 from pipeline.charts import Curve
@@ -83,6 +84,20 @@ def require_comparable(results: list[dict[str, Any]]) -> None:
                     f"differ in {key}: {results[0].get(key)!r} and {result.get(key)!r}; they cannot be ranked in one "
                     f"table, evaluate both again"
                 )
+
+
+def _indexes(context: Context, found: list[FoundRun]) -> list[tuple[int, dict[str, Any]]]:
+    """Place of each run whose tower and snapshot have an index that was measured, with the index's newest report."""
+    reports = []
+    for place, run in enumerate(found):
+        if "user_tower" not in run.tags:
+            continue
+        same = {key: run.tags[key] for key in ("user_tower", "snapshot", "dataset")}
+        for built in context.tracker.find(kind="index", **same)[:1]:
+            result = context.tracker.read_json(built.run_id, INDEX_RESULT)
+            if "model_recall" in result["ann"]:
+                reports.append((place, result))
+    return reports
 
 
 def _against_best(context: Context, found: list[FoundRun], metric: str) -> list[list[float] | None]:
@@ -190,9 +205,8 @@ def run(context: Context, split: Split = "test") -> dict[str, Any]:
         names = ", ".join(other["name"] for other in others)
         print(f"not in the table, for other data, another protocol or an older version: {names}")
     figures = drift_rows(read_profile(context.store, data))
-    page = as_html(
-        Page(title, results[0]["candidates"], metric, runs, samples, figures, _curves(context, found, metric))
-    )
+    curves, indexes = _curves(context, found, metric), _indexes(context, found)
+    page = as_html(Page(title, results[0]["candidates"], metric, runs, samples, figures, curves, indexes))
     path = context.store.root / "reports" / f"{data.name}-{context.config.evaluate.protocol}-{split}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, redact(page).encode())

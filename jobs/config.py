@@ -56,6 +56,8 @@ class BenchConfig(BaseModel):
     vectors: int = Field(default=100_000, gt=0)
     """N; the goal is set at 1,000,000."""
     queries: int = Field(default=10_000, gt=0)
+    exact: bool = True
+    """``bench retrieve`` also sets exact search against FAISS and torch; bfloat16 is slow on CPUs without it."""
     users: int = Field(default=20_000, gt=0)
     """Of ``bench evaluate``; the goal is set at 200,711 users and 126,871 vectors."""
     first_share: float = Field(default=0.7, gt=0, lt=1)

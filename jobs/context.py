@@ -139,6 +139,10 @@ class Context:
         """The newest prepared data set of the configured name. Raises NotFoundError."""
         return self._dataset or self.store.require(Dataset, name=self.config.data.name)
 
+    def dataset_or_none(self) -> Dataset | None:
+        """``dataset_record``, None where there is none."""
+        return self._dataset or self.store.newest(Dataset, name=self.config.data.name)
+
     @cached_property
     def dataset(self) -> OpenDataset:
         """That data set, opened. Raises NotFoundError, StoreError."""

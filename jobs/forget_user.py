@@ -33,7 +33,7 @@ from pipeline.users import forgotten_rows, without_users
 from schemas import tables
 from schemas.errors import NotFoundError, StoreError
 from schemas.hashing import hash_texts
-from schemas.records import Dataset, ItemTower, Release, Snapshot, UserTower, UserVectors
+from schemas.records import Dataset, ItemTower, Ranker, Release, Snapshot, UserTower, UserVectors
 
 _HOUR = 3_600_000
 Edit = Callable[[bytes, ForgottenUsers], tuple[bytes, int]]
@@ -188,12 +188,18 @@ def trained_on(context: Context) -> dict[str, list[str]]:
         if record.dataset in versions or parent in seen or record.item_fingerprint in fingerprints:
             seen.add(record.id)
             users.append(record.id)
-    return {"item_towers": [record.id for record in items], "user_towers": users}
+    rankers = [
+        record.id
+        for record in store.all(Ranker)
+        if record.dataset in versions or record.parent in seen or record.item_fingerprint in fingerprints
+    ]
+    return {"item_towers": [record.id for record in items], "user_towers": users, "rankers": rankers}
 
 
 REMAINS = """What remains, and what to do about it:
-- Weights: {item_towers} item towers and {user_towers} user towers in the store were trained on data that held users
-  who are forgotten now; their weights are as they were. Run tune-items and train-user to have others.
+- Weights: {item_towers} item towers, {user_towers} user towers and {rankers} rankers in the store were trained on data
+  that held users who are forgotten now; their weights are as they were. Run tune-items, train-user and train-ranker to
+  have others.
 - Figures: metrics, intervals and gates that were computed with these users, in MLflow and in records.
 - The list itself: a hash of each user's id, against which a known id can be checked.
 - Beyond the store: the files of the feed, exports, backups, earlier versions that a bucket keeps, local copies of a
@@ -219,7 +225,11 @@ def run(context: Context, user: str | None = None) -> dict[str, Any]:
             for record in store.all(UserVectors):
                 if record.id in successors:
                     store.remove(record)
-            towers: list[UserTower | ItemTower] = [*store.all(UserTower), *store.all(ItemTower)]
+            towers: list[UserTower | ItemTower | Ranker] = [
+                *store.all(UserTower),
+                *store.all(ItemTower),
+                *store.all(Ranker),
+            ]
             found["cutoffs"] = sum(forget_cutoffs(store, tower, forgotten) for tower in towers)
             found |= _artifacts(context, forgotten)
             store.sweep(time.time_ns() // 1_000_000 - int(context.config.retention.job_hours * _HOUR))

@@ -111,6 +111,10 @@ def clean(
         with suppress(FileNotFoundError):  # a reader builds it anew
             if local.stem not in digests and local.stat().st_mtime * 1000 <= oldest:
                 local.unlink()
+    checksums = {record.checksum for record in store.all(Index)}
+    for marker in store.matrices.glob("*.checked"):
+        if marker.stem not in checksums:
+            marker.unlink(missing_ok=True)
     store.embeddings.vacuum(config.job_hours)
     done.freed = before - store.size()
     return done

@@ -14,7 +14,7 @@ from pipeline.splits import Queries
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
-from schemas.records import ItemTower, UserTower
+from schemas.records import ItemTower, Ranker, UserTower
 from user_tower.sequences import Histories, IntArray
 
 _FILE = "cutoff.parquet"
@@ -86,7 +86,7 @@ def seen_targets(folder: Path, questions: Queries, histories: Histories, item_id
     return found
 
 
-def forget_cutoffs(store: Store, tower: ItemTower | UserTower, forgotten: ForgottenUsers) -> int:
+def forget_cutoffs(store: Store, tower: ItemTower | UserTower | Ranker, forgotten: ForgottenUsers) -> int:
     """Take users out of the table beside a tower; how many it had. The file is replaced in place: no checksum covers
     it, and the weights and the tower's id stay. Raises StoreError when it is damaged."""
     data = store.read_file(tower, _FILE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.ann import Exact, IndexConfig, Searcher, load, make, require_finite, resolve_kind, save
-from pipeline.files import UNREADABLE, next_created_at, record_id, write_record
+from pipeline.files import UNREADABLE, next_created_at, record_id, write_file, write_record
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import ConfigError, StoreError
@@ -22,7 +24,9 @@ from schemas.hashing import Digest, block_digest, hash_texts
 from schemas.records import Index
 
 __all__ = ["IndexConfig", "OpenIndex", "Retrieved", "ann_report", "build_index", "open_index", "read_blocklist"]
+EFFORTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the trade-off: multiples of the configured nprobe or efSearch
 _CELLS = 1 << 22  # of a search's answer at a time: 48 MiB
+_SETTLED = 2.0  # seconds after which a further write of a file cannot bear the same times
 
 
 class Retrieved(NamedTuple):
@@ -52,11 +56,13 @@ class OpenIndex:
         k: int,
         seen: Sequence[NDArray[np.int64]] | None = None,
         blocked: NDArray[np.int64] | None = None,
+        effort: float = 1,
     ) -> Retrieved:
         """The k best for each query [Q, D], without its ``seen`` rows and without ``blocked`` rows.
 
         More than k are fetched; a list that is still short is asked again, four times as wide, until it is full or
-        the whole index was asked for. Raises ConfigError (k), DataError (queries that are not finite).
+        the whole index was asked for. effort: multiplies the configured nprobe or efSearch. Raises ConfigError (k),
+        DataError (queries that are not finite).
         """
         total = len(self.item_ids)
         if not 1 <= k <= total:
@@ -70,7 +76,7 @@ class OpenIndex:
         widest = max((len(each) for each in seen), default=0) if seen is not None else 0
         # a long blocklist rarely takes the best places: what it takes beyond k is asked for again
         fetch = min(total, k + widest + min(int(out.sum()), k))
-        todo, effort = np.arange(len(queries)), 1
+        todo = np.arange(len(queries))
         while len(todo):
             short = []
             step = max(1, _CELLS // fetch)
@@ -114,6 +120,12 @@ def intersection(found: NDArray[np.int64], exact: NDArray[np.int64]) -> float:
     return float(np.mean(shares)) if shares else 1.0
 
 
+def _timed(work: Callable[[], Retrieved]) -> tuple[float, Retrieved]:
+    started = time.perf_counter()
+    found = work()
+    return time.perf_counter() - started, found
+
+
 def ann_report(
     index: OpenIndex,
     vectors: NDArray[np.float32],
@@ -121,29 +133,57 @@ def ann_report(
     targets: NDArray[np.int64],
     k: int,
     seen: Sequence[NDArray[np.int64]] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What the model misses and what the index misses, apart (DESIGN 9), over queries [Q, D].
 
     vectors [n, D]: those of the index, in its order; targets [Q]: the wanted row, -1 where the index lacks it.
     model_recall: share of targets in the exact lists; index_recall: in the index's lists; ann_loss: 1 minus the
-    intersection of the two lists; milliseconds: a query, searched in one batch.
+    intersection of the two lists; milliseconds: a query, searched in one batch; exact_milliseconds: the same of exact
+    search; trade_off: these figures at other efforts, by rising effort, for a kind that has them.
     """
     k = min(k, len(vectors))
-    started = time.perf_counter()
-    found = index.search(queries, k, seen)
-    seconds = time.perf_counter() - started
-    exact = OpenIndex(index.record, Exact(vectors), index.item_ids).search(queries, k, seen)
+    exact = OpenIndex(index.record, Exact(vectors), index.item_ids)
+    exact_seconds, truth = _timed(lambda: exact.search(queries, k, seen))
     wanted = (targets >= 0)[:, None]
+
+    def hits(rows: NDArray[np.int64]) -> float:
+        return round(float(((rows == targets[:, None]) & wanted).any(1).mean()), 6)
+
+    def at(effort: float) -> tuple[dict[str, Any], int]:
+        seconds, found = _timed(lambda: index.search(queries, k, seen, effort=effort))
+        point = {
+            "index_recall": hits(found.rows),
+            "ann_loss": round(1 - intersection(found.rows, truth.rows), 6),
+            "milliseconds": round(1000 * seconds / len(queries), 4),
+        }
+        return point, found.under_filled
+
+    at(1)  # the first search reads the file's pages
+    chosen, under_filled = at(1)
     return {
         "k": k,
         "queries": len(queries),
-        "model_recall": round(float(((exact.rows == targets[:, None]) & wanted).any(1).mean()), 6),
-        "index_recall": round(float(((found.rows == targets[:, None]) & wanted).any(1).mean()), 6),
-        "ann_loss": round(1 - intersection(found.rows, exact.rows), 6),
-        "milliseconds": round(1000 * seconds / len(queries), 4),
+        "model_recall": hits(truth.rows),
+        **chosen,
+        "exact_milliseconds": round(1000 * exact_seconds / len(queries), 4),
         "bytes": index.record.bytes,
-        "under_filled": found.under_filled,
+        "under_filled": under_filled,
+        "setting": index.searcher.setting(1, k),
+        "trade_off": [
+            {"setting": setting, "effort": effort, **(chosen if effort == 1 else at(effort)[0])}
+            for setting, effort in _settings(index.searcher, k).items()
+        ],
     }
+
+
+def _settings(searcher: Searcher | Exact, k: int) -> dict[str, float]:
+    """Each setting that EFFORTS stand for, with the effort nearest to 1 that means it; none without a choice."""
+    found: dict[str, float] = {}
+    for effort in EFFORTS:
+        setting = searcher.setting(effort, k)
+        if setting and (setting not in found or effort <= 1):
+            found[setting] = effort
+    return found
 
 
 def build_index(
@@ -199,15 +239,36 @@ def _checksum(path: Path, item_ids: list[str]) -> str:
     return hash_texts(block_digest(np.frombuffer(mapped, np.uint8)), *item_ids).hex()
 
 
+def _versions(folder: Path) -> tuple[str, bool]:
+    """What any write of the index's files changes, and whether they are old enough that it would show."""
+    states = [(folder / name).stat() for name in ("index.faiss", "items.parquet")]
+    newest = max(state.st_ctime for state in states)
+    told = [[state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns] for state in states]
+    return json.dumps(told), time.time() - newest > _SETTLED
+
+
+def _require_checksum(store: Store, record: Index, folder: Path, item_ids: list[str]) -> None:
+    """Hash the files once for each version of them: a local marker holds inode, size and times of what was found
+    right. Raises StoreError."""
+    version, settled = _versions(folder)
+    marker = store.matrices / f"{record.checksum}.checked"
+    if marker.is_file() and marker.read_text("utf-8", "replace") == version:
+        return
+    if _checksum(folder / "index.faiss", item_ids) != record.checksum:
+        raise StoreError(f"index {folder} does not match its checksum; remove it and run build-index again")
+    if settled:
+        with suppress(OSError):  # a disk that is full or read-only: hashed again next time
+            marker.parent.mkdir(exist_ok=True)
+            write_file(marker, version.encode())
+
+
 def open_index(store: Store, record: Index, config: IndexConfig | None = None) -> OpenIndex:
     """Check an index against its checksum and map it. Raises StoreError when it does not match."""
     folder: Path = store.folder(record)
     try:
         item_ids = pq.read_table(folder / "items.parquet").column(tables.ITEM_ID).to_pylist()
-        checksum = _checksum(folder / "index.faiss", item_ids)
+        _require_checksum(store, record, folder, item_ids)
     except (*UNREADABLE, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise StoreError(f"index {folder} cannot be read: {error}; run build-index again") from error
-    if checksum != record.checksum:
-        raise StoreError(f"index {folder} does not match its checksum; remove it and run build-index again")
     index = load(folder / "index.faiss", record.kind)
     return OpenIndex(record, Searcher(index, config or IndexConfig(), record.kind), item_ids)

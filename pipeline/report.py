@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape, unescape
 from typing import Any
 
-from pipeline.charts import Curve, Series, interval_chart, legend, line_chart
+from pipeline.charts import Curve, Points, Series, interval_chart, legend, line_chart, trade_off_chart
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:60rem;padding:0 1rem;color:#222;
-background:#fff}h1{font-size:1.4rem}h2{font-size:1.15rem;margin-top:2rem}h3{font-size:1rem;margin:.6rem 0}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:76rem;padding:0 1rem;color:#222;
+background:#fff}p,article{max-width:46rem}
+h1{font-size:1.4rem}h2{font-size:1.15rem;margin-top:2rem}h3{font-size:1rem;margin:.6rem 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;margin:.5rem 0;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff}tr.best td{font-weight:600}
@@ -41,7 +42,8 @@ COSTS = {"items/s": "items_per_second", "positions/s": "positions_per_second"}
 @dataclass(frozen=True)
 class Page:
     """What the report shows. runs: best first, each with name, metrics, ci95, slices, lists, candidates, behind and
-    cost; figures: of the data set, name, now, and before where it was another; curves: of the trainings."""
+    cost; figures: of the data set, name, now, and before where it was another; curves: of the trainings; indexes:
+    place of a run, and what build-index answered for its tower and snapshot."""
 
     title: str
     candidates: str
@@ -50,6 +52,7 @@ class Page:
     samples: list[dict[str, Any]]
     figures: list[list[str]]
     curves: list[Curve]
+    indexes: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -201,6 +204,50 @@ def _curves(page: Page) -> str:
     return f"<h2>Training: {escape(page.metric)} on validation</h2>{legend(page.names)}{chart}" if chart else ""
 
 
+INDEX_HEADER = ["run", "index", "setting", "queries", "k", "model recall", "index recall", "ANN loss", "ms a query",
+                "exact, ms", "MiB"]  # fmt: skip
+
+
+def index_rows(page: Page) -> list[list[str]]:
+    """A line for each measured index: what the model finds by exact search, and what the index loses of that."""
+    cells = []
+    for place, index in page.indexes:
+        ann = index["ann"]
+        shares = [f"{ann[key]:.4f}" for key in ("model_recall", "index_recall", "ann_loss")]
+        times = [f"{ann[key]:.3g}" for key in ("milliseconds", "exact_milliseconds")]
+        what = [page.names[place], index["kind"], ann["setting"] or "-", str(ann["queries"]), str(ann["k"])]
+        cells.append([*what, *shares, *times, f"{index['bytes'] / 2**20:.1f}"])
+    return cells
+
+
+def _indexes(page: Page) -> str:
+    if not page.indexes:
+        return ""
+    points = [
+        Points(
+            page.names[place],
+            [(at["milliseconds"], 1 - at["ann_loss"], at["setting"]) for at in index["ann"]["trade_off"]],
+            index["ann"]["setting"],
+            index["ann"]["exact_milliseconds"],
+        )
+        for place, index in page.indexes
+    ]
+    k = page.indexes[0][1]["ann"]["k"]
+    title = f"Share of the exact {k} that the index finds, by milliseconds a query"
+    places = [place for place, _ in page.indexes]
+    chart = trade_off_chart(title, [(place, one) for place, one in zip(places, points, strict=True) if one.at])
+    note = (
+        "Validation histories, searched in one batch. Model recall: share of the targets that exact search has among "
+        "its k best, which no index can better. ANN loss: share of these k that the index does not find."
+    )
+    more = f"<h3>{title}</h3>{legend(page.names)}{chart}" if chart else ""
+    filled = "Filled: as configured. Square: exact search." if chart else ""
+    return (
+        f"<h2>Index: model recall and ANN loss</h2>{_table(INDEX_HEADER, index_rows(page))}"
+        f"<p><small>{note} {filled}</small></p>{more}"
+    )
+
+
 def _samples(page: Page) -> str:
     users = "".join(
         f"<article><h3>user {escape(sample['user'])}</h3><p>did: {escape(' | '.join(sample['history']))}</p>"
@@ -243,6 +290,6 @@ def as_html(page: Page) -> str:
         f"{_table(*rows(page.runs, page.metric), page.names[0])}{_notes(page)}"
         f"{legend(page.names)}{_whole_charts(page)}{_slice_charts(page)}"
         f"<h2>{escape(page.metric)} by slice</h2>{_table(*slice_rows(page.runs, page.metric))}"
-        f"<h2>Cost</h2>{_table(*cost_rows(page.runs))}<p><small>{COST_NOTE}</small></p>"
+        f"{_indexes(page)}<h2>Cost</h2>{_table(*cost_rows(page.runs))}<p><small>{COST_NOTE}</small></p>"
         f"{_curves(page)}{_samples(page)}{'<h2>Data</h2>' + data if data else ''}",
     )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import polars as pl
 
 from jobs.bench import BENCHES
+from jobs.bench_vectors import random_cuts
+from jobs.config import load_config
+from jobs.context import Context
+from user_tower.sequences import Histories
 
 
 def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
@@ -14,7 +21,13 @@ def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
     built = workspace.run("build-index")
     assert (built["kind"], built["ann"]["ann_loss"], built["ann"]["queries"]) == ("flat", 0.0, 60)
     assert built["ann"]["model_recall"] == built["ann"]["index_recall"]
-    assert workspace.run("build-index")["reused"]
+    assert workspace.run("build-index") == {**built, "reused": True}
+    config = load_config(str(workspace.toml), None, [])
+    assert len(Context(config).tracker.find(kind="index")) == 1  # what was answered again is no new run
+    workspace.run("evaluate", "--set", "evaluate.metric=recall@5")
+    page = Path(workspace.run("compare-runs")["report"]).read_text()
+    assert "Index: model recall and ANN loss" in page
+    assert "<td>flat</td><td>-</td><td>60</td>" in page  # exact: nothing to choose, so no curve
 
     plain = workspace.run("recommend", "--user", "u0", "--k", "3")
     assert (plain["fallback"], plain["users_without_history"], plain["blocked"]) == (None, 0, 0)
@@ -47,6 +60,24 @@ def test_bench_retrieve_prints_its_rows_and_ratios(tmp_path):
     assert [row["name"] for row in result["rows"]] == [
         "exact_top_k", "faiss flat", "torch float32", "torch bfloat16", "ivf-flat", "hnsw"
     ]  # fmt: skip
-    assert set(result["ratio"]) == {"ann_speed_over_flat", "ann_recall", "exact_over_faiss_flat"}
+    assert set(result["ratio"]) == {
+        "ann_speed_over_flat", "ann_cpu_speed_over_flat", "ann_recall", "exact_over_faiss_flat"
+    }  # fmt: skip
     assert result["ratio"]["ann_recall"] == 1.0  # it reads every list
-    assert all(row["source"].startswith("made up") for row in result["rows"])
+    assert all("queries made up" in row["source"] for row in result["rows"])
+    assert {point["setting"] for point in result["rows"][4]["trade_off"]} == {
+        "nprobe 2", "nprobe 5", "nprobe 10", "nprobe 20"
+    }  # fmt: skip
+
+
+def test_bench_retrieve_asks_with_the_user_tower_of_the_store(workspace, embed_here):
+    workspace.toml.write_text(workspace.toml.read_text() + '[item_tower]\nuse = "base"\n')
+    for command in ("prepare-data", "embed-items", "train-user"):
+        workspace.run(command, *(("--set", "train.epochs=1") if command == "train-user" else ()))
+    sets = ["bench.vectors=500", "bench.queries=1000", "bench.exact=false", "index.kind=ivf-flat"]
+    result = BENCHES["retrieve"](str(workspace.toml), sets)
+    (row,) = result["rows"]
+    assert (row["name"], row["vectors"], row["queries"]) == ("ivf-flat", 500, 1000)
+    assert "24 vectors with jitter 0.3; queries of user tower" in row["source"]
+    cut = random_cuts(Histories(["a", "b", "c"], np.array([0, 2, 2, 5]), np.arange(5)), 5, np.random.default_rng(0))
+    assert sorted(cut.of(user).tolist() for user in range(5)) == [[0], [0, 1], [2], [2, 3], [2, 3, 4]]
