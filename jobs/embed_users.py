@@ -108,7 +108,9 @@ def run(
     content = serving.snapshot.content_digest if serving.snapshot else None
     digest, made = context.dataset_record.digest, serving.record.fingerprint
     inputs = table_inputs(made, serving.record.item_fingerprint, content, digest)
-    found = store.newest(UserVectors, inputs=inputs)
+    place = serving.snapshot.id if serving.snapshot else None
+    # two nights at once may have published the same snapshot twice; a release holds to one of the two
+    found = store.newest(UserVectors, inputs=inputs, snapshot=place)
     if found is not None:
         return _report(found, 0, found.users, 0, started, reused=True)
     histories = known_histories(context, serving)
@@ -124,7 +126,7 @@ def run(
     ]
     arguments = {
         "dataset": context.dataset_record,
-        "snapshot": serving.snapshot.id if serving.snapshot else None,
+        "snapshot": place,
         "tower": serving.record.id,
     }
     sections, tags = context.settings("users", "data"), {"dataset": digest, "user_tower": serving.record.id}

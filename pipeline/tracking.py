@@ -51,6 +51,8 @@ def known_error(what: str) -> Iterator[None]:
 def open_client(uri: str | None) -> Any:
     """An MLflow client; uri None: MLFLOW_TRACKING_URI. Raises TrackingError when there is neither."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # else it prints the address of each run, password included, between the lines of our stdout
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     from mlflow import MlflowClient
 
     for noisy in ("alembic", "mlflow"):

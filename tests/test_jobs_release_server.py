@@ -44,7 +44,11 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
     yield url
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(30)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:  # it waits for connections that this process keeps open
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
 
 
 @pytest.mark.slow
