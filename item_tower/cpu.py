@@ -107,7 +107,7 @@ def speed_up(encoder: ItemEncoder) -> None:
     dtype = getattr(torch, encoder.config.compute_dtype)
     if not can_pack(encoder.device, dtype):
         return
-    if encoder.model.config._attn_implementation == "sdpa":
+    if not encoder.packed and encoder.model.config._attn_implementation == "sdpa":
         AttentionInterface.register(_NAME, _short_attention)
         AttentionMaskInterface.register(_NAME, sdpa_mask)
         encoder.model.set_attn_implementation(_NAME)

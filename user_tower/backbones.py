@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
+from decoders.packed import Packed, Packing, allow_packing, wants_packing
 from schemas.errors import ConfigError
 from user_tower.times import TIME_BUCKETS, time_buckets
 
@@ -123,6 +124,25 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.model.config.use_cache = False
+        self.packing: Packing = "auto"  # how histories share a forward pass; decides no figure
+        self._takes_packed: bool | None = None  # not tried yet
+
+    @property
+    def packed(self) -> bool:
+        """Whether histories go through the model without padding. Raises ConfigError where they must and cannot."""
+        if not wants_packing(self.packing, next(self.parameters()).device):
+            return False
+        if self._takes_packed is None:
+            self._takes_packed = allow_packing(self.model)
+        if self.packing == "packed" and not self._takes_packed:
+            kind = self.model.config.model_type
+            raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
+        return self._takes_packed
+
+    def forward_packed(self, x_PH: Tensor, row: Packed) -> Tensor:
+        """x_PH: the inputs of all histories, one after the other; row: where each lies. Returns [P, H]."""
+        states: Tensor = self.model(inputs_embeds=x_PH[None], **row.arguments()).last_hidden_state[0]
+        return states
 
     def forward(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor:
         """x_BTH: inputs; positions_BT: int64 position ids; times are not read. Returns [B, T, H]."""

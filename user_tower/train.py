@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from decoders.packed import Packing
 from schemas.errors import TrainingError
 from user_tower.lora import LoraSettings
 from user_tower.negatives import Sampling
@@ -66,6 +67,9 @@ class TrainConfig(BaseModel):
     """Begin with the weights of a user tower: its id, or ``newest``; by default with random ones."""
     checkpoint_steps: int = Field(default=500, gt=0, exclude=True)
     """Steps between checkpoints; a killed training goes on from the last one. Decides no figure."""
+    packing: Packing = Field(default="auto", exclude=True)
+    """Histories of an ``llm`` backbone, and in stage I the texts of a decoder, in one row without padding (``packed``)
+    or padded; ``auto``: packed on a GPU. Decides no figure."""
 
 
 @dataclass
