@@ -13,7 +13,8 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
         embed-users export-users refresh releases mlflow-ui paper-table bench-seeds bench-grid bench-embed \
-        bench-cache bench-ingest bench-retrieve bench-evaluate test test-all lint types
+        bench-cache bench-ingest bench-retrieve bench-evaluate bench-scale \
+        test test-all lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -94,6 +95,9 @@ bench-retrieve: $(STAMP) ## exact and ANN search against FAISS flat and torch, 1
 
 bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k of the same users
 	@$(HLLM) bench evaluate --config $(CONFIG) $(ARGS)
+
+bench-scale: $(STAMP) ## bytes and hours of 10M and 100M items, 100M users on 1, 8, 64 GPUs (ARGS="--set bench.rates.embed_tokens=...")
+	@$(HLLM) bench scale --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

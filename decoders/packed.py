@@ -55,8 +55,9 @@ class Packed(NamedTuple):
 
 
 def pack(lengths: NDArray[np.int64], device: torch.device, first: NDArray[np.int64] | None = None) -> Packed:
-    """Lay out sequences of these lengths (at least 1 each); first: [n] the position of each one's first token, or 0."""
-    assert len(lengths) and lengths.min() > 0
+    """Lay out sequences of these lengths, at least 1 each; first: [n] the position of each one's first token, or 0."""
+    assert len(lengths)
+    assert lengths.min() > 0
     ends = np.concatenate([[0], np.cumsum(lengths)])
     shift = -ends[:-1] if first is None else first - ends[:-1]
     positions = torch.from_numpy(np.arange(ends[-1]) + np.repeat(shift, lengths))

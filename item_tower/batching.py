@@ -30,9 +30,7 @@ def token_budget_batches(
     return batches
 
 
-def packed_batches(
-    lengths: NDArray[np.int64], token_budget: int, max_items: int = 4096
-) -> list[NDArray[np.int64]]:
+def packed_batches(lengths: NDArray[np.int64], token_budget: int, max_items: int = 4096) -> list[NDArray[np.int64]]:
     """Split rows into batches whose summed length stays within ``token_budget`` tokens, for rows without padding.
 
     lengths: [N] tokens per row. Order and over-long rows as in ``token_budget_batches``.

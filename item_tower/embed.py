@@ -26,8 +26,8 @@ class EmbedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_budget: int | None = Field(default=None, gt=0)
-    """Tokens of one forward pass, padding included; by default 4,096 on a CPU, whose caches are small, and 65,536 on a
-    GPU."""
+    """Tokens of one forward pass, padding included; by default 4,096 on a CPU, whose caches are small, and 65,536 on
+    a GPU."""
     packing: Packing = "auto"
     """Texts of a decoder in one row without padding (``packed``), or padded; ``auto``: packed on a GPU."""
     window: int = Field(default=16_384, gt=0)

@@ -28,6 +28,7 @@ from pipeline.gates import GateConfig
 from pipeline.intake import DataConfig
 from pipeline.joint import JointConfig
 from pipeline.release_gates import ReleaseGates
+from pipeline.scale import Rates, Sizes
 from pipeline.tracking import TrackingConfig
 from schemas.errors import ConfigError
 from user_tower.model import UserTowerConfig
@@ -46,7 +47,7 @@ class ItemTowerConfig(BaseModel):
 
 
 class BenchConfig(BaseModel):
-    """Sizes of ``bench retrieve`` and ``bench evaluate``."""
+    """Sizes of ``bench retrieve``, ``bench evaluate`` and ``bench scale``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,6 +56,10 @@ class BenchConfig(BaseModel):
     queries: int = Field(default=10_000, gt=0)
     users: int = Field(default=20_000, gt=0)
     """Of ``bench evaluate``; the goal is set at 200,711 users and 126,871 vectors."""
+    scale: Sizes = Sizes()
+    """What ``bench scale`` is asked about."""
+    rates: Rates = Rates()
+    """Rates that ``bench scale`` takes as given; the others it measures."""
 
 
 class UsersConfig(BaseModel):

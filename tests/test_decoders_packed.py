@@ -5,8 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, MambaConfig, MambaModel, MistralConfig
-from transformers import MistralModel, Qwen3Config, Qwen3Model
+from transformers import (
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    MambaConfig,
+    MambaModel,
+    MistralConfig,
+    MistralModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from decoders import packed
 from decoders.packed import allow_packing, pack

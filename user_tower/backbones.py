@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
 from decoders.packed import Packed, Packing, allow_packing, wants_packing
@@ -24,6 +25,14 @@ class Backbone(Protocol):
     hold any value."""
 
     def __call__(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor: ...
+
+
+def _layer(backbone: SASRec | HSTU, block: nn.Module, *inputs: Tensor) -> Tensor:
+    """The block of these inputs; under ``checkpointing`` it is computed again in the backward pass."""
+    if backbone.checkpointing and torch.is_grad_enabled():
+        found: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        return found
+    return block(*inputs)  # type: ignore[no-any-return]
 
 
 class _Block(nn.Module):
@@ -52,6 +61,8 @@ class _Block(nn.Module):
 class SASRec(nn.Module):
     """Causal transformer with learned positions (Kang and McAuley 2018), in today's pre-norm form."""
 
+    checkpointing = False
+
     def __init__(self, hidden: int, layers: int, heads: int, dropout: float, history: int) -> None:
         super().__init__()
         self.positions = nn.Embedding(history, hidden)
@@ -64,7 +75,7 @@ class SASRec(nn.Module):
         """x_BTH: inputs; positions_BT: int64, 0 to history - 1; times are not read. Returns [B, T, H]."""
         x_BTH = self.drop(x_BTH + self.positions(positions_BT))
         for block in self.blocks:
-            x_BTH = block(x_BTH)
+            x_BTH = _layer(self, block, x_BTH)
         return self.norm(x_BTH)
 
 
@@ -97,6 +108,8 @@ class HSTU(nn.Module):
     of the event to come is not read.
     """
 
+    checkpointing = False
+
     def __init__(self, hidden: int, layers: int, heads: int, dropout: float, history: int) -> None:
         super().__init__()
         self.history = history
@@ -113,7 +126,9 @@ class HSTU(nn.Module):
         buckets_BTT = time_buckets(times_BT[:, :, None] - times_BT[:, None, :])
         x_BTH = self.drop(x_BTH + self.positions(positions_BT))
         for block in self.blocks:
-            x_BTH = block(x_BTH, between_TT.clamp(0, self.history - 1), buckets_BTT, between_TT >= 0)
+            x_BTH = _layer(
+                self, block, x_BTH, between_TT.clamp(0, self.history - 1), buckets_BTT, between_TT >= 0
+            )
         return self.norm(x_BTH)
 
 

@@ -68,8 +68,13 @@ class TrainConfig(BaseModel):
     checkpoint_steps: int = Field(default=500, gt=0, exclude=True)
     """Steps between checkpoints; a killed training goes on from the last one. Decides no figure."""
     packing: Packing = Field(default="auto", exclude=True)
-    """Histories of an ``llm`` backbone, and in stage I the texts of a decoder, in one row without padding (``packed``)
-    or padded; ``auto``: packed on a GPU. Decides no figure."""
+    """Histories of an ``llm`` backbone, and in stage I the texts of a decoder, in one row without padding, or padded;
+    ``auto``: packed on a GPU. Decides no figure."""
+    gradient_checkpointing: bool = Field(default=False, exclude=True)
+    """Keep only the inputs of each layer for the backward pass and compute the layer again there, in both towers: less
+    memory for about a third more time. Decides no figure."""
+    compile: bool = Field(default=False, exclude=True)
+    """``torch.compile`` the transformers models in training, for any length of row. The first step takes minutes."""
 
 
 @dataclass
