@@ -13,7 +13,7 @@ RUN = $(HLLM) $(1) --config $(CONFIG) $(ARGS)
 .DEFAULT_GOAL := help
 .PHONY: help install demo data tune-items embed-items train-user build-index evaluate compare-runs recommend \
         embed-users export-users refresh releases mlflow-ui paper-table bench-seeds bench-grid bench-embed \
-        bench-cache bench-ingest bench-retrieve bench-evaluate bench-scale \
+        bench-cache bench-ingest bench-retrieve bench-evaluate bench-gpu bench-scale \
         test test-all lint types
 
 help: ## list the targets
@@ -95,6 +95,10 @@ bench-retrieve: $(STAMP) ## exact and ANN search against FAISS flat and torch, 1
 
 bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k of the same users
 	@$(HLLM) bench evaluate --config $(CONFIG) $(ARGS)
+
+bench-gpu: $(STAMP) ## both towers of a 1B shape on one GPU: tokens/s and MFU, against sentence-transformers
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test,bench]' >&2
+	@$(HLLM) bench gpu $(ARGS)
 
 bench-scale: $(STAMP) ## bytes and hours of 10M and 100M items, 100M users on 1, 8, 64 GPUs (ARGS="--set bench.rates.embed_tokens=...")
 	@$(HLLM) bench scale --config $(CONFIG) $(ARGS)

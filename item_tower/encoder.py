@@ -282,7 +282,8 @@ class ItemEncoder(nn.Module):
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.compute_dtype)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        halved = next(self.model.parameters()).dtype == dtype  # see item_tower.cpu.halve
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32 and not halved)
 
     def _pool(self, hidden_BTH: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -322,7 +323,9 @@ class ItemEncoder(nn.Module):
         return torch.cat(vectors)[inverse]
 
     def _encode_for_backward(self, input_ids: Sequence[Sequence[int]]) -> Tensor:
-        if getattr(self.model, "is_gradient_checkpointing", False):  # a layer computed again must take the same kernel
+        if getattr(
+            self.model, "is_gradient_checkpointing", False
+        ):  # a layer computed again must take the same kernel
             return self.encode(input_ids)
         with _fast_backward(self.device):
             return self.encode(input_ids)

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from jobs import bench_cache, bench_embed, bench_evaluate, bench_ingest, bench_retrieve, bench_scale, demo, train_user
+from jobs import (
+    bench_cache,
+    bench_embed,
+    bench_evaluate,
+    bench_gpu,
+    bench_ingest,
+    bench_retrieve,
+    bench_scale,
+    demo,
+    train_user,
+)
 from jobs.compare_runs import newest_runs, user_values
 from jobs.config import load_config, local_store
 from jobs.context import Context
@@ -87,5 +97,6 @@ BENCHES = {
     "ingest": bench_ingest.run,
     "retrieve": bench_retrieve.run,
     "evaluate": bench_evaluate.run,
+    "gpu": bench_gpu.run_here,
     "scale": bench_scale.run,
 }

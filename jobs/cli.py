@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--data", metavar="FOLDER", help="holds items.parquet and interactions.parquet")
     table.add_argument("--budget-minutes", type=float, default=60, help="for the grid of each trained row")
     table.add_argument("--only", metavar="ROW,ROW", help="some rows of the table")
-    kinds = ("seeds", "grid", "embed", "cache", "ingest", "retrieve", "evaluate", "scale")
+    kinds = ("seeds", "grid", "embed", "cache", "ingest", "retrieve", "evaluate", "gpu", "scale")
     commands.choices["bench"].add_argument("bench", choices=kinds)
     return parser
 

@@ -21,7 +21,7 @@ from transformers import (
 from decoders import packed
 from decoders.packed import allow_packing, pack
 from item_tower.batching import packed_batches
-from item_tower.cpu import speed_up
+from item_tower.cpu import halve, speed_up
 from item_tower.embed import EmbedConfig, embed_texts, encode_texts
 from item_tower.encoder import ItemEncoder
 from item_tower.fingerprint import fingerprint
@@ -139,6 +139,16 @@ def test_the_fast_path_of_a_cpu_takes_packed_rows(make_encoder):
     result = embed_texts(encoder, TEXTS, EmbedConfig(output_dtype="float32", token_budget=32))
     np.testing.assert_allclose(result.vectors, padded, atol=1e-5)
     assert result.padded == result.n_tokens.sum()
+
+
+def test_halved_weights_give_nearly_the_vectors_of_autocast(make_encoder):
+    exact, _ = both_ways(make_encoder("llama"), TEXTS)
+    encoder = make_encoder("llama", compute_dtype="bfloat16")
+    halve(encoder)
+    found = encode_texts(encoder, TEXTS, 64)[0]
+    assert found.dtype == np.float32
+    cosine = (found * exact).sum(1) / (np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1))
+    assert cosine.min() > 0.999
 
 
 def test_a_model_that_carries_a_state_along_is_not_packed(make_encoder):

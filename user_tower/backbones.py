@@ -126,9 +126,7 @@ class HSTU(nn.Module):
         buckets_BTT = time_buckets(times_BT[:, :, None] - times_BT[:, None, :])
         x_BTH = self.drop(x_BTH + self.positions(positions_BT))
         for block in self.blocks:
-            x_BTH = _layer(
-                self, block, x_BTH, between_TT.clamp(0, self.history - 1), buckets_BTT, between_TT >= 0
-            )
+            x_BTH = _layer(self, block, x_BTH, between_TT.clamp(0, self.history - 1), buckets_BTT, between_TT >= 0)
         return self.norm(x_BTH)
 
 

@@ -21,13 +21,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from decoders.packed import Packing
-from schemas.errors import TrainingError
+from schemas.errors import ConfigError, TrainingError
 from user_tower.lora import LoraSettings
 from user_tower.negatives import Sampling
 from user_tower.sequences import Batch
@@ -103,6 +108,12 @@ def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
 
 
 def _accelerator(precision: str) -> Accelerator:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError(
+            "this training cannot shard its weights: one process validates and saves, and would wait for the others for "
+            "ever; launch without FSDP (jobs/configs/multi-gpu.yaml), and save memory by train.gradient_checkpointing, "
+            "tune.graph_tokens or LoRA"
+        )
     # the precision of the first training in a process would be that of all: a later one may be set differently
     AcceleratorState._reset_state()
     return Accelerator(
