@@ -55,7 +55,7 @@ class Packed(NamedTuple):
 
 
 def pack(lengths: NDArray[np.int64], device: torch.device, first: NDArray[np.int64] | None = None) -> Packed:
-    """Lay out sequences of these lengths, at least 1 each; first: [n] the position of each one's first token, or 0."""
+    """Lay out sequences of these lengths, at least 1 each; first: [n] position of each one's first token, or 0."""
     assert len(lengths)
     assert lengths.min() > 0
     ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -105,9 +105,9 @@ def _varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window >= longest else window - 1
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    grouped = query.shape[1] != key.shape[1]
     mixed = varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(left, 0), **grouped
+        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=grouped
     )  # fmt: skip
     assert isinstance(mixed, Tensor)
     return mixed

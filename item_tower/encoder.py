@@ -323,9 +323,7 @@ class ItemEncoder(nn.Module):
         return torch.cat(vectors)[inverse]
 
     def _encode_for_backward(self, input_ids: Sequence[Sequence[int]]) -> Tensor:
-        if getattr(
-            self.model, "is_gradient_checkpointing", False
-        ):  # a layer computed again must take the same kernel
+        if getattr(self.model, "is_gradient_checkpointing", False):  # a layer computed again takes the same kernel
             return self.encode(input_ids)
         with _fast_backward(self.device):
             return self.encode(input_ids)

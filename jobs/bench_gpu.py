@@ -91,7 +91,7 @@ def _texts(count: int, tokens: int) -> list[str]:
 
 def _encoder(shape: str, dtype: str) -> ItemEncoder:
     torch.manual_seed(0)
-    config = EncoderConfig(model=f"random {shape}", pooling="item_token", compute_dtype=dtype)  # type: ignore[arg-type]
+    config = EncoderConfig(model=f"random {shape}", pooling="item_token", compute_dtype=dtype)
     with default_device():
         model = LlamaModel(LlamaConfig(**SHAPES[shape], max_position_embeddings=512))
     return ItemEncoder(model, _tokenizer(), config, TemplateConfig(prompt="")).to(default_device()).eval()
@@ -258,9 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--texts", type=int, default=16_384)
     parser.add_argument("--tokens", type=int, default=40, help="median words of a text")
-    parser.add_argument(
-        "--windows", type=int, default=128, help="histories of a step of stage II; stage I: an eighth"
-    )
+    parser.add_argument("--windows", type=int, default=128, help="histories of a step; an eighth in stage I")
     parser.add_argument("--budget", type=int, help="tokens of a forward pass")
     parser.add_argument("--compile", action="store_true", help="a row with torch.compile as well")
     given = parser.parse_args(argv)

@@ -19,7 +19,7 @@ from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Histories, training_batches
 from user_tower.steps import UserStep
-from user_tower.train import TrainConfig, fit, has_checkpoint
+from user_tower.train import TrainConfig, fit, has_checkpoint, is_main_process
 
 SMALL = {"hidden": 16, "layers": 1, "heads": 2, "dropout": 0.3, "history": 6}
 ITEMS = 30

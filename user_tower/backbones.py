@@ -32,7 +32,7 @@ def _layer(backbone: SASRec | HSTU, block: nn.Module, *inputs: Tensor) -> Tensor
     if backbone.checkpointing and torch.is_grad_enabled():
         found: Tensor = checkpoint(block, *inputs, use_reentrant=False)
         return found
-    return block(*inputs)  # type: ignore[no-any-return]
+    return block(*inputs)
 
 
 class _Block(nn.Module):

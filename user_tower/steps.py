@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from decoders.layers import checkpoint_layers, compile_model
-from user_tower.backbones import CausalLM
+from user_tower.backbones import HSTU, CausalLM, SASRec
 from user_tower.loss import info_nce
 from user_tower.model import Catalog, UserTower
 from user_tower.negatives import Negatives, NegativeSampler
@@ -43,6 +43,7 @@ def use_settings(tower: UserTower, config: TrainConfig) -> None:
         if config.compile:
             compile_model(backbone.model)
     else:
+        assert isinstance(backbone, SASRec | HSTU)
         backbone.checkpointing = config.gradient_checkpointing
 
 

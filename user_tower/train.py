@@ -76,8 +76,8 @@ class TrainConfig(BaseModel):
     """Histories of an ``llm`` backbone, and in stage I the texts of a decoder, in one row without padding, or padded;
     ``auto``: packed on a GPU. Decides no figure."""
     gradient_checkpointing: bool = Field(default=False, exclude=True)
-    """Keep only the inputs of each layer for the backward pass and compute the layer again there, in both towers: less
-    memory for about a third more time. Decides no figure."""
+    """Keep only the inputs of each layer for the backward pass and compute the layer again there, in both towers:
+    less memory, more time. Decides no figure."""
     compile: bool = Field(default=False, exclude=True)
     """``torch.compile`` the transformers models in training, for any length of row. The first step takes minutes."""
 
@@ -110,9 +110,9 @@ def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
 def _accelerator(precision: str) -> Accelerator:
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ConfigError(
-            "this training cannot shard its weights: one process validates and saves, and would wait for the others for "
-            "ever; launch without FSDP (jobs/configs/multi-gpu.yaml), and save memory by train.gradient_checkpointing, "
-            "tune.graph_tokens or LoRA"
+            "this training cannot shard its weights: one process validates and saves, and would wait for the others "
+            "for ever; launch without FSDP (jobs/configs/multi-gpu.yaml), and save memory by "
+            "train.gradient_checkpointing, tune.graph_tokens or LoRA"
         )
     # the precision of the first training in a process would be that of all: a later one may be set differently
     AcceleratorState._reset_state()
