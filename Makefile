@@ -117,6 +117,13 @@ bench-fortnight: $(STAMP) ## DATA=FOLDER: 14 nights of it with faults, resumable
 bench-rank: $(STAMP) ## what a candidate costs under late and early fusion, against a bare inner product
 	@$(HLLM) bench rank --config $(CONFIG) $(ARGS)
 
+bench-gpu: $(STAMP) ## both towers of a 1B shape on one GPU: tokens/s and MFU, against sentence-transformers
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test,bench]' >&2
+	@$(HLLM) bench gpu $(ARGS)
+
+bench-scale: $(STAMP) ## bytes and hours of 10M and 100M items, 100M users on 1, 8, 64 GPUs (ARGS="--set bench.rates.embed_tokens=...")
+	@$(HLLM) bench scale --config $(CONFIG) $(ARGS)
+
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
 

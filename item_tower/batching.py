@@ -28,3 +28,20 @@ def token_budget_batches(
         batches.append(order[start:end])
         start = end
     return batches
+
+
+def packed_batches(lengths: NDArray[np.int64], token_budget: int, max_items: int = 4096) -> list[NDArray[np.int64]]:
+    """Split rows into batches whose summed length stays within ``token_budget`` tokens, for rows without padding.
+
+    lengths: [N] tokens per row. Order and over-long rows as in ``token_budget_batches``.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    batches, start = [], 0
+    while start < len(order):
+        before = int(ends[start - 1]) if start else 0
+        end = int(np.searchsorted(ends, before + token_budget, side="right"))
+        end = min(max(end, start + 1), start + max_items)
+        batches.append(order[start:end])
+        start = end
+    return batches

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from item_tower.batching import token_budget_batches
+from item_tower.decoders.packed import Packing
 from item_tower.encoder import ItemEncoder, TokenisedTexts
 from schemas import tables
 
@@ -26,7 +26,10 @@ class EmbedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_budget: int | None = Field(default=None, gt=0)
-    """Padded tokens of one forward pass; by default 4,096 on a CPU, whose caches are small, and 65,536 on a GPU."""
+    """Tokens of one forward pass, padding included; by default 4,096 on a CPU, whose caches are small, and 65,536 on
+    a GPU."""
+    packing: Packing = "auto"
+    """Texts of a decoder in one row without padding (``packed``), or padded; ``auto``: packed on a GPU."""
     window: int = Field(default=16_384, gt=0)
     """Texts handed to a worker at once and written to one file; they are sorted by length within it."""
     output_dtype: Literal["float16", "float32"] = "float16"
@@ -129,9 +132,9 @@ def embed_texts(
     def embed(rows: list[int]) -> None:
         nonlocal padded
         attempt(rows)
-        padded += int(lengths[rows].max()) * len(rows)
+        padded += encoder.computed(lengths[rows])
         try:
-            found = encoder(*encoder.pad([tokens.input_ids[row] for row in rows])).cpu().numpy()
+            found = encoder.encode([tokens.input_ids[row] for row in rows]).cpu().numpy()
         except Exception as error:  # any failure of a model on a text: halve until the text is found
             if len(rows) == 1:
                 failed[rows[0]] = _reason(error)
@@ -155,7 +158,7 @@ def embed_texts(
     for group in groups:
         if group:
             embed(group)
-    for batch in token_budget_batches(lengths[rest], config.tokens_at_once(encoder.device)):
+    for batch in encoder.batches(lengths[rest], config.tokens_at_once(encoder.device)):
         embed(rest[batch].tolist())
     rows = np.array([row for row in range(len(texts)) if row not in failed], dtype=np.int64)
     return Embedded(stored[rows], rows, lengths[rows].astype(np.int32), tokens.truncated[rows], padded, failed)

@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from item_tower.batching import token_budget_batches
+from item_tower.batching import packed_batches, token_budget_batches
+from item_tower.decoders.packed import Packing, allow_packing, pack, wants_packing
 from item_tower.prompt import TemplateConfig
 from schemas.errors import ConfigError, StoreError
 
@@ -187,6 +188,8 @@ class ItemEncoder(nn.Module):
             weight = torch.randn(config.projection_dim, hidden, generator=generator)
             self.projection.weight.data.copy_(weight * hidden**-0.5)
         self.dim: int = config.projection_dim or hidden
+        self.packing: Packing = "auto"  # how texts share a forward pass; decides no vector, so no part of the config
+        self._takes_packed: bool | None = None  # not tried yet
 
     @classmethod
     def from_config(cls, config: EncoderConfig, template: TemplateConfig) -> ItemEncoder:
@@ -240,9 +243,29 @@ class ItemEncoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def packed(self) -> bool:
+        """Whether texts go through the model without padding. Raises ConfigError where they must and cannot."""
+        if self.item_token is None or not wants_packing(self.packing, self.device):
+            return False
+        if self._takes_packed is None:
+            self._takes_packed = allow_packing(self.model)
+        if self.packing == "packed" and not self._takes_packed:
+            kind = self.model.config.model_type
+            raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
+        return self._takes_packed
+
     def tokenise(self, texts: Sequence[str]) -> TokenisedTexts:
         """Token ids of each text, cut to ``max_length``."""
         return _tokenise(self.tokenizer, self.config, texts)
+
+    def batches(self, lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
+        """Rows of each forward pass over texts of these lengths, longest first."""
+        return (packed_batches if self.packed else token_budget_batches)(lengths, token_budget)
+
+    def computed(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens of one forward pass over texts of these lengths, padding included."""
+        return int(lengths.sum() if self.packed else lengths.max(initial=0) * len(lengths))
 
     def pad(self, input_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Right-padded ids and mask on the tower's device, int64, [B, T]; T leaves room for [ITEM]."""
@@ -260,8 +283,7 @@ class ItemEncoder(nn.Module):
 
         Each row attends to itself alone; the vector is that of DESIGN 5: the hidden state at [ITEM], or a pool.
         """
-        dtype = getattr(torch, self.config.compute_dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with self._autocast():
             if self.item_token is None:
                 hidden_BTH = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             else:
@@ -274,6 +296,32 @@ class ItemEncoder(nn.Module):
                 ).last_hidden_state
         pooled_BH = self._pool(hidden_BTH, attention_mask)
         return pooled_BH if self.projection is None else self.projection(pooled_BH)
+
+    def encode(self, input_ids: Sequence[Sequence[int]]) -> Tensor:
+        """One forward pass over B tokenised texts, packed or padded; float32 [B, D]."""
+        if not self.packed:
+            padded: Tensor = self(*self.pad(input_ids))
+            return padded
+        lengths = np.array([len(ids) + 1 for ids in input_ids], dtype=np.int64)
+        row = pack(lengths, self.device)
+        last = np.cumsum(lengths) - 1
+        flat = np.full(int(lengths.sum()), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        is_text = np.ones(len(flat), dtype=bool)
+        is_text[last] = False
+        flat[is_text] = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in input_ids])
+        with self._autocast():
+            tokens_1PH = self.model.get_input_embeddings()(torch.from_numpy(flat)[None].to(self.device))
+            is_item = torch.from_numpy(~is_text).to(self.device)[None, :, None]
+            assert self.item_token is not None
+            tokens_1PH = torch.where(is_item, self.item_token.to(tokens_1PH.dtype), tokens_1PH)
+            hidden_1PH = self.model(inputs_embeds=tokens_1PH, **row.arguments()).last_hidden_state
+        pooled_BH = hidden_1PH[0, torch.from_numpy(last).to(self.device)].float()
+        return pooled_BH if self.projection is None else self.projection(pooled_BH)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.config.compute_dtype)
+        halved = next(self.model.parameters()).dtype == dtype  # see item_tower.cpu.halve
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32 and not halved)
 
     def _pool(self, hidden_BTH: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -294,25 +342,26 @@ class ItemEncoder(nn.Module):
         bounded by graph_tokens and token_budget, whatever N. None keeps all.
         """
         lengths = np.array([len(ids) for ids in input_ids], dtype=np.int64)
-        batches = token_budget_batches(lengths, token_budget)
-        padded = np.array([int(lengths[batch].max(initial=0)) * len(batch) for batch in batches])
+        batches = self.batches(lengths, token_budget)
+        padded = np.array([self.computed(lengths[batch]) for batch in batches])
         # the last batches are the first that the backward pass is done with
         kept = np.cumsum(padded[::-1])[::-1] <= (np.inf if graph_tokens is None else graph_tokens)
         vectors = []
         for batch, keep in zip(batches, kept, strict=True):
-            tokens = self.pad([input_ids[row] for row in batch])
+            texts = [input_ids[row] for row in batch]
             if not torch.is_grad_enabled():
-                vectors.append(self(*tokens))
+                vectors.append(self.encode(texts))
             elif keep:
-                vectors.append(self._forward_for_backward(*tokens))
+                vectors.append(self._encode_for_backward(texts))
             else:
-                vectors.append(checkpoint(self._forward_for_backward, *tokens, use_reentrant=False))
+                vectors.append(checkpoint(self._encode_for_backward, texts, use_reentrant=False))
         order = torch.from_numpy(np.concatenate(batches)).to(self.device)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=self.device)
         return torch.cat(vectors)[inverse]
 
-    def _forward_for_backward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _encode_for_backward(self, input_ids: Sequence[Sequence[int]]) -> Tensor:
+        if getattr(self.model, "is_gradient_checkpointing", False):  # a layer computed again takes the same kernel
+            return self.encode(input_ids)
         with _fast_backward(self.device):
-            vectors: Tensor = self(input_ids, attention_mask)
-            return vectors
+            return self.encode(input_ids)

@@ -11,9 +11,11 @@ from jobs import (
     bench_cache,
     bench_embed,
     bench_evaluate,
+    bench_gpu,
     bench_ingest,
     bench_rank,
     bench_retrieve,
+    bench_scale,
     demo,
     train_user,
 )
@@ -97,4 +99,6 @@ BENCHES = {
     "retrieve": bench_retrieve.run,
     "evaluate": bench_evaluate.run,
     "rank": bench_rank.run,
+    "gpu": bench_gpu.run_here,
+    "scale": bench_scale.run,
 }

@@ -32,7 +32,7 @@ _FILE = 250_000
 _TEMPLATE = TemplateConfig(fields=("title",))
 
 
-def _write_catalog(path: Path, items: int, changed: float) -> None:
+def write_catalog(path: Path, items: int, changed: float) -> None:
     """A prepared catalog of made-up titles; every 1 / changed-th one has another title."""
     schema = pa.schema([(tables.ITEM_ID, pa.string()), ("title", pa.string()), (tables.AVAILABLE, pa.bool_())])
     every = round(1 / changed) if changed else items + 1
@@ -46,14 +46,14 @@ def _write_catalog(path: Path, items: int, changed: float) -> None:
             file.write_table(pa.table([ids, titles, [True] * len(ids)], schema=schema))
 
 
-def _fill(store: Store, scan: CatalogScan, dim: int) -> None:
-    """Random vectors of every key, as workers write them."""
+def fill(store: Store, scan: CatalogScan, dim: int, rows: int = _FILE, run_id: str = "bench") -> None:
+    """Random vectors of every key, as workers write them, so many rows a file."""
     rng = np.random.default_rng(0)
-    for start in range(0, len(scan.keys), _FILE):
-        keys = scan.keys[start : start + _FILE]
+    for start in range(0, len(scan.keys), rows):
+        keys = scan.keys[start : start + rows]
         vectors = rng.standard_normal((len(keys), dim), dtype=np.float32).astype("<f2")
         cells = pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * dim), len(keys), [None, pa.py_buffer(vectors)])
-        rows = pa.table(
+        made = pa.table(
             {
                 tables.KEY: encode_keys(keys),
                 tables.EMBEDDING: cells.cast(pa.binary()),
@@ -61,14 +61,14 @@ def _fill(store: Store, scan: CatalogScan, dim: int) -> None:
                 tables.TRUNCATED: np.zeros(len(keys), dtype=bool),
             }
         )
-        file = store.embeddings.write(TOWER, stamped(rows, "bench"))
+        file = store.embeddings.write(TOWER, stamped(made, run_id))
         store.embeddings.commit(TOWER, [file])
 
 
 def _make_plan_store(root: Path) -> None:
-    _write_catalog(root / "old.parquet", PLAN_ITEMS, 0)
-    _fill(Store(root), scan_catalog(root / "old.parquet", _TEMPLATE), 4)
-    _write_catalog(root / "new.parquet", PLAN_ITEMS, CHANGED)
+    write_catalog(root / "old.parquet", PLAN_ITEMS, 0)
+    fill(Store(root), scan_catalog(root / "old.parquet", _TEMPLATE), 4)
+    write_catalog(root / "new.parquet", PLAN_ITEMS, CHANGED)
 
 
 def _plan(root: Path) -> dict[str, Any]:
@@ -80,9 +80,9 @@ def _plan(root: Path) -> dict[str, Any]:
 
 def _make_open_store(root: Path) -> None:
     store = Store(root)
-    _write_catalog(root / "items.parquet", OPEN_ITEMS, 0)
+    write_catalog(root / "items.parquet", OPEN_ITEMS, 0)
     scan = scan_catalog(root / "items.parquet", _TEMPLATE)
-    _fill(store, scan, OPEN_DIM)
+    fill(store, scan, OPEN_DIM)
     facts = {
         "embedded": OPEN_ITEMS, "reused": 0, "tokens_per_second": None, "dataset": "", "code_version": "",
         "run_id": "bench",

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from item_tower.cpu import PackedLinear, can_pack, speed_up
+from item_tower.decoders.flops import card_name, model_flops
 from item_tower.embed import EmbedConfig, embed_texts
 from item_tower.encoder import ItemEncoder, default_device, resolve_model
 from item_tower.prompt import render
@@ -26,15 +27,6 @@ from schemas.errors import ConfigError
 
 SAMPLE, ROUNDS = 4_096, 3
 BATCH_SIZES = (32, 64, 128, 256)
-
-
-def model_flops(encoder: ItemEncoder, lengths: NDArray[np.int64]) -> float:
-    """Floating-point operations to encode texts of these lengths, without padding and embedding tables."""
-    linears = [layer for layer in encoder.model.modules() if isinstance(layer, nn.Linear)]
-    per_token = sum(2 * layer.in_features * layer.out_features for layer in linears)
-    config = encoder.model.config
-    attention = 4 * config.num_hidden_layers * config.hidden_size * (lengths.astype(np.float64) ** 2).sum()
-    return float(per_token * lengths.sum() + attention)
 
 
 def _best(work: Callable[[], object], rounds: int = 20) -> float:
@@ -97,13 +89,6 @@ def _cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floa
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-def _device_name(encoder: ItemEncoder) -> str:
-    """The chip that the figures are of."""
-    if encoder.device.type == "cuda":
-        return torch.cuda.get_device_name(encoder.device)
-    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def run(config: str, sets: list[str]) -> dict[str, Any]:
     """Print rates and ratios. Raises ConfigError without sentence-transformers, NotFoundError before prepare-data."""
     context = Context(load_config(config, None, [*sets, 'item_tower.use="base"']))
@@ -117,7 +102,7 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     reference = ItemEncoder.from_config(settings.model_copy(update={"compute_dtype": "float32"}), template)
     lengths = encoder.tokenise(texts).lengths
     budget = embed.tokens_at_once(encoder.device)
-    flops, best_rate = model_flops(encoder, lengths), roofline(encoder, budget)
+    flops, best_rate = model_flops(encoder.model, lengths), roofline(encoder, budget)
     speed_up(encoder)
     default, other = _peer(context, torch.float32), _peer(context, getattr(torch, encoder.config.compute_dtype))
 
@@ -152,7 +137,7 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     return {
         "name": "embed",
         "rows": rows,
-        "device": _device_name(encoder),
+        "device": card_name(encoder.device),
         "dtype": encoder.config.compute_dtype,
         "roofline_gflops": round(best_rate / 1e9, 1),
         "cosine_min": round(float(cosine.min()), 6),

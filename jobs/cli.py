@@ -101,7 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--data", metavar="FOLDER", help="holds items.parquet and interactions.parquet")
     table.add_argument("--budget-minutes", type=float, default=60, help="for the grid of each trained row")
     table.add_argument("--only", metavar="ROW,ROW", help="some rows of the table")
-    kinds = ("seeds", "grid", "embed", "train", "cache", "ingest", "retrieve", "evaluate", "rank", "fortnight")
+    kinds = (
+        *("seeds", "grid", "embed", "train", "cache", "ingest", "retrieve", "evaluate"),
+        *("rank", "fortnight", "gpu", "scale"),
+    )
     bench = commands.choices["bench"]
     bench.add_argument("bench", choices=kinds)
     bench.add_argument(

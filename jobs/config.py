@@ -30,6 +30,7 @@ from pipeline.intake import DataConfig
 from pipeline.joint import JointConfig
 from pipeline.official import CheckpointConfig
 from pipeline.release_gates import ReleaseGates
+from pipeline.scale import Rates, Sizes
 from pipeline.tracking import TrackingConfig
 from schemas.errors import ConfigError
 from user_tower.model import UserTowerConfig
@@ -49,7 +50,7 @@ class ItemTowerConfig(BaseModel):
 
 
 class BenchConfig(BaseModel):
-    """Sizes of ``bench retrieve``, ``bench evaluate`` and ``bench fortnight``."""
+    """Sizes of the benchmarks that make up their data: retrieve, evaluate, fortnight, scale."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,6 +65,10 @@ class BenchConfig(BaseModel):
     """Of the events, delivered on the first night of ``bench fortnight``."""
     replay_users: int | None = Field(default=None, gt=0)
     """Users of ``bench fortnight``, at random, with the items that they met; by default all."""
+    scale: Sizes = Sizes()
+    """What ``bench scale`` is asked about."""
+    rates: Rates = Rates()
+    """Rates that ``bench scale`` takes as given; the others it measures."""
 
 
 class UsersConfig(BaseModel):

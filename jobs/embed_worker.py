@@ -117,6 +117,7 @@ class EmbedAndWrite:
         self.catalog = store.folder(order.dataset) / "items.parquet"
         self.table = store.embeddings
         self.found = fingerprint(self.encoder, order.embed.output_dtype)
+        self.encoder.packing = order.embed.packing
         speed_up(self.encoder)
         self.order, self.ledger = order, ledger
 

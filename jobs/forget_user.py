@@ -197,9 +197,9 @@ def trained_on(context: Context) -> dict[str, list[str]]:
 
 
 REMAINS = """What remains, and what to do about it:
-- Weights: {item_towers} item towers, {user_towers} user towers and {rankers} rankers in the store were trained on data
-  that held users who are forgotten now; their weights are as they were. Run tune-items, train-user and train-ranker to
-  have others.
+- Weights: {item_towers} item towers, {user_towers} user towers and {rankers} rankers in the store were trained on
+  data that held users who are forgotten now; their weights are as they were. Run tune-items, train-user and
+  train-ranker to have others.
 - Figures: metrics, intervals and gates that were computed with these users, in MLflow and in records.
 - The list itself: a hash of each user's id, against which a known id can be checked.
 - Beyond the store: the files of the feed, exports, backups, earlier versions that a bucket keeps, local copies of a

@@ -139,7 +139,7 @@ def _train(
     candidates = torch.from_numpy(np.flatnonzero(features.available)).to(catalog.groups.device)
     counts = torch.from_numpy(target_counts(training, len(features.item_ids))).to(candidates.device)
     sampler = NegativeSampler(candidates, counts, config.train.negatives, config.train.sampling)
-    step = UserStep(tower, catalog, sampler)
+    step = UserStep(tower, catalog, sampler, config.train)
 
     def batches(epoch: int) -> Iterable[Batch]:
         rng = np.random.default_rng([config.train.seed, epoch])

@@ -69,7 +69,8 @@ def lists(config: IndexConfig, count: int) -> tuple[int, int]:
     return nlist, min(nlist, config.nprobe or NPROBE)
 
 
-def _pq_bytes(config: IndexConfig, dim: int, count: int) -> int:
+def pq_bytes(config: IndexConfig, dim: int, count: int) -> int:
+    """Bytes of a product-quantised vector. Raises ConfigError when they do not divide D, or N is too few to train."""
     if count < PQ_TRAIN:
         raise ConfigError(f"index.kind ivf-pq: {count} vectors, it is trained on {PQ_TRAIN} at least; use flat")
     size = config.pq_bytes or max(d for d in range(1, max(1, dim // 4) + 1) if dim % d == 0)
@@ -102,7 +103,7 @@ def make(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
         index.hnsw.efConstruction, index.hnsw.efSearch = config.ef_construction, config.ef_search
     else:
         nlist, nprobe = lists(config, count)
-        code = "Flat" if kind == "ivf-flat" else f"PQ{_pq_bytes(config, dim, count)}"
+        code = "Flat" if kind == "ivf-flat" else f"PQ{pq_bytes(config, dim, count)}"
         index = faiss.index_factory(dim, f"IVF{nlist},{code}", faiss.METRIC_INNER_PRODUCT)
         index.nprobe, index.cp.seed, index.cp.max_points_per_centroid = nprobe, config.seed, _POINTS
         index.train(vectors)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
+from item_tower.decoders.layers import checkpoint_layers, compile_model, mark_training
 from item_tower.encoder import ItemEncoder
 from schemas.errors import TrainingError
 from user_tower.lora import LoraSettings
@@ -20,7 +21,7 @@ from user_tower.loss import share_apart
 from user_tower.model import Catalog, UserTower, UserTowerConfig
 from user_tower.negatives import Negatives
 from user_tower.sequences import Batch, IntArray
-from user_tower.steps import sequence_loss
+from user_tower.steps import sequence_loss, use_settings
 from user_tower.train import TrainConfig
 
 
@@ -89,6 +90,12 @@ class JointStep(nn.Module):
         self.token_ids = token_ids
         self.groups = groups.numpy()
         self.config = config
+        encoder.packing = config.train.packing
+        use_settings(tower, config.train)
+        if config.train.gradient_checkpointing:
+            checkpoint_layers(encoder.model)
+        if config.train.compile:
+            compile_model(encoder.model)
         self.counts: Tensor
         # a buffer, so that a training that goes on from a checkpoint counts on
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
@@ -157,6 +164,7 @@ class JointStep(nn.Module):
         theirs."""
         super().train(mode)
         self.encoder.eval()
+        mark_training(self.encoder, mode and self.config.train.gradient_checkpointing)
         for name, module in self.encoder.named_modules():
             if "lora_dropout" in name:
                 module.train(mode)

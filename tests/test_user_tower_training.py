@@ -19,7 +19,7 @@ from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Histories, training_batches
 from user_tower.steps import UserStep
-from user_tower.train import TrainConfig, fit, has_checkpoint
+from user_tower.train import TrainConfig, fit, has_checkpoint, is_main_process
 
 SMALL = {"hidden": 16, "layers": 1, "heads": 2, "dropout": 0.3, "history": 6}
 ITEMS = 30
@@ -221,3 +221,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=True)
     assert float(done.stdout) < 8
+
+
+def test_a_launch_that_shards_the_weights_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="cannot shard its weights"):
+        is_main_process()

@@ -12,8 +12,10 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
+from item_tower.decoders.packed import Packed, Packing, allow_packing, wants_packing
 from schemas.errors import ConfigError
 from user_tower.times import TIME_BUCKETS, time_buckets
 
@@ -23,6 +25,14 @@ class Backbone(Protocol):
     hold any value."""
 
     def __call__(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor: ...
+
+
+def _layer(backbone: SASRec | HSTU, block: nn.Module, *inputs: Tensor) -> Tensor:
+    """The block of these inputs; under ``checkpointing`` it is computed again in the backward pass."""
+    if backbone.checkpointing and torch.is_grad_enabled():
+        found: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        return found
+    return block(*inputs)
 
 
 class _Block(nn.Module):
@@ -51,6 +61,8 @@ class _Block(nn.Module):
 class SASRec(nn.Module):
     """Causal transformer with learned positions (Kang and McAuley 2018), in today's pre-norm form."""
 
+    checkpointing = False
+
     def __init__(self, hidden: int, layers: int, heads: int, dropout: float, history: int) -> None:
         super().__init__()
         self.positions = nn.Embedding(history, hidden)
@@ -63,7 +75,7 @@ class SASRec(nn.Module):
         """x_BTH: inputs; positions_BT: int64, 0 to history - 1; times are not read. Returns [B, T, H]."""
         x_BTH = self.drop(x_BTH + self.positions(positions_BT))
         for block in self.blocks:
-            x_BTH = block(x_BTH)
+            x_BTH = _layer(self, block, x_BTH)
         return self.norm(x_BTH)
 
 
@@ -96,6 +108,8 @@ class HSTU(nn.Module):
     of the event to come is not read.
     """
 
+    checkpointing = False
+
     def __init__(self, hidden: int, layers: int, heads: int, dropout: float, history: int) -> None:
         super().__init__()
         self.history = history
@@ -112,7 +126,7 @@ class HSTU(nn.Module):
         buckets_BTT = time_buckets(times_BT[:, :, None] - times_BT[:, None, :])
         x_BTH = self.drop(x_BTH + self.positions(positions_BT))
         for block in self.blocks:
-            x_BTH = block(x_BTH, between_TT.clamp(0, self.history - 1), buckets_BTT, between_TT >= 0)
+            x_BTH = _layer(self, block, x_BTH, between_TT.clamp(0, self.history - 1), buckets_BTT, between_TT >= 0)
         return self.norm(x_BTH)
 
 
@@ -123,6 +137,25 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.model.config.use_cache = False
+        self.packing: Packing = "auto"  # how histories share a forward pass; decides no figure
+        self._takes_packed: bool | None = None  # not tried yet
+
+    @property
+    def packed(self) -> bool:
+        """Whether histories go through the model without padding. Raises ConfigError where they must and cannot."""
+        if not wants_packing(self.packing, next(self.parameters()).device):
+            return False
+        if self._takes_packed is None:
+            self._takes_packed = allow_packing(self.model)
+        if self.packing == "packed" and not self._takes_packed:
+            kind = self.model.config.model_type
+            raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
+        return self._takes_packed
+
+    def forward_packed(self, x_PH: Tensor, row: Packed) -> Tensor:
+        """x_PH: the inputs of all histories, one after the other; row: where each lies. Returns [P, H]."""
+        states: Tensor = self.model(inputs_embeds=x_PH[None], **row.arguments()).last_hidden_state[0]
+        return states
 
     def forward(self, x_BTH: Tensor, positions_BT: Tensor, times_BT: Tensor) -> Tensor:
         """x_BTH: inputs; positions_BT: int64 position ids; times are not read. Returns [B, T, H]."""

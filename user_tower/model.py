@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from item_tower.decoders.packed import pack
 from schemas.errors import ConfigError, StoreError
 from schemas.hashing import Digest
 from user_tower.backbones import CausalLM, make_backbone
@@ -187,6 +188,8 @@ class UserTower(nn.Module):
             x_BTH = x_BTH + self.times(times)
         steps = torch.arange(x_BTH.shape[1], device=x_BTH.device)
         positions = (self.config.history - lengths[:, None] + steps).clamp(0, self.config.history - 1)
+        if isinstance(self.backbone, CausalLM) and self.backbone.packed:
+            return _packed_states(self.backbone, x_BTH, positions, lengths)
         return self.backbone(x_BTH, positions, times)
 
     def project(self, read_H: Tensor) -> Tensor:
@@ -262,3 +265,12 @@ class UserTower(nn.Module):
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise StoreError(f"user tower {folder} cannot be read: {error}; train it again") from error
         return tower.eval()
+
+
+def _packed_states(backbone: CausalLM, x_BTH: Tensor, positions_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """What the backbone makes of right-padded inputs, the padding left out of its work; zero where padded."""
+    lengths_B = lengths_B.clamp(min=1)  # an empty history is one padded position, as when it is padded
+    real_BT = torch.arange(x_BTH.shape[1], device=x_BTH.device) < lengths_B[:, None]
+    row = pack(lengths_B.cpu().numpy(), x_BTH.device, positions_BT[:, 0].cpu().numpy())
+    states_PH = backbone.forward_packed(x_BTH[real_BT], row)
+    return x_BTH.new_zeros(x_BTH.shape, dtype=states_PH.dtype).masked_scatter(real_BT[..., None], states_PH)

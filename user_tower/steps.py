@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from item_tower.decoders.layers import checkpoint_layers, compile_model
+from user_tower.backbones import HSTU, CausalLM, SASRec
 from user_tower.loss import info_nce
 from user_tower.model import Catalog, UserTower
 from user_tower.negatives import Negatives, NegativeSampler
 from user_tower.sequences import Batch
+from user_tower.train import TrainConfig
 
 
 class UserStep(nn.Module):
     """Windows of histories over one open catalog to the loss; a ``step`` of ``user_tower.train.fit``."""
 
-    def __init__(self, tower: UserTower, catalog: Catalog, sampler: NegativeSampler) -> None:
+    def __init__(
+        self, tower: UserTower, catalog: Catalog, sampler: NegativeSampler, config: TrainConfig | None = None
+    ) -> None:
         super().__init__()
+        if config is not None:
+            use_settings(tower, config)
         self.tower = tower
         self.open_catalog = catalog
         self.sampler = sampler
@@ -24,6 +31,20 @@ class UserStep(nn.Module):
         """The mean InfoNCE of this process's positions, against negatives that all processes share; a scalar."""
         targets = torch.from_numpy(batch.targets[batch.targets >= 0]).to(self.open_catalog.groups.device)
         return sequence_loss(self.tower, self.open_catalog, own, self.sampler.draw(targets, seed))
+
+
+def use_settings(tower: UserTower, config: TrainConfig) -> None:
+    """Let a tower compute as a training says: packed, checkpointed, compiled. None of it changes a figure."""
+    backbone = tower.backbone
+    if isinstance(backbone, CausalLM):
+        backbone.packing = config.packing
+        if config.gradient_checkpointing:
+            checkpoint_layers(backbone.model)
+        if config.compile:
+            compile_model(backbone.model)
+    else:
+        assert isinstance(backbone, SASRec | HSTU)
+        backbone.checkpointing = config.gradient_checkpointing
 
 
 def sequence_loss(

@@ -21,12 +21,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from schemas.errors import TrainingError
+from item_tower.decoders.packed import Packing
+from schemas.errors import ConfigError, TrainingError
 from user_tower.lora import LoraSettings
 from user_tower.negatives import Sampling
 
@@ -78,6 +84,14 @@ class TrainConfig(BaseModel):
     """Begin with the weights of a user tower: its id, or ``newest``; by default with random ones."""
     checkpoint_steps: int = Field(default=500, gt=0, exclude=True)
     """Steps between checkpoints; a killed training goes on from the last one. Decides no figure."""
+    packing: Packing = Field(default="auto", exclude=True)
+    """Histories of an ``llm`` backbone, and in stage I the texts of a decoder, in one row without padding, or padded;
+    ``auto``: packed on a GPU. Decides no figure."""
+    gradient_checkpointing: bool = Field(default=False, exclude=True)
+    """Keep only the inputs of each layer for the backward pass and compute the layer again there, in both towers:
+    less memory, more time. Decides no figure."""
+    compile: bool = Field(default=False, exclude=True)
+    """``torch.compile`` the transformers models in training, for any length of row. The first step takes minutes."""
 
 
 @dataclass
@@ -106,6 +120,12 @@ def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
 
 
 def _accelerator(precision: str) -> Accelerator:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError(
+            "this training cannot shard its weights: one process validates and saves, and would wait for the others "
+            "for ever; launch without FSDP (jobs/configs/multi-gpu.yaml), and save memory by "
+            "train.gradient_checkpointing, tune.graph_tokens or LoRA"
+        )
     # the precision of the first training in a process would be that of all: a later one may be set differently
     AcceleratorState._reset_state()
     return Accelerator(

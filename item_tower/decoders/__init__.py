@@ -1,0 +1,4 @@
+"""What both towers do alike with a Hugging Face decoder: packed attention, memory and compilation of its layers.
+
+May import: torch, transformers, numpy; no room. The user tower takes this folder, and nothing else, from this room.
+"""

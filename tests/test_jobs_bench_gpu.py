@@ -1,0 +1,53 @@
+"""bench gpu at a tiny size on whatever device there is, and what it may import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from item_tower.decoders.flops import model_flops
+from jobs import bench_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_row_is_there_and_plausible(capsys):
+    pytest.importorskip("sentence_transformers")
+    assert bench_gpu.main(["--shape", "tiny", "--texts", "24", "--tokens", "6", "--windows", "8"]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    names = [row["name"] for row in result["rows"]]
+    assert names == ["stage II", "stage I", "embed padded", "embed packed", "sentence-transformers, best"]
+    assert all(0 < row["mfu"] < 1.5 for row in result["rows"] if "mfu" in row)
+    assert result["ratio"]["embed_over_sentence_transformers"] > 0
+    assert result["device"]
+
+
+def test_the_operations_of_a_forward_pass_by_hand():
+    model = bench_gpu._encoder("tiny", "float32").model
+    linear = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)  # q, k and v of half as many heads, o, the MLP
+    assert model_flops(model, np.array([5, 3]), causal=True) == 2 * (8 * linear + 4 * 32 * (25 + 9) / 2)
+
+
+def test_it_runs_where_only_the_model_packages_are():
+    code = (
+        "import sys, jobs.bench_gpu\n"
+        "heavy = {'ray', 'polars', 'faiss', 'mlflow', 'deltalake', 'obstore'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_small_bench_on_a_gpu(capsys):
+    assert (
+        bench_gpu.main(["--shape", "tiny", "--texts", "256", "--tokens", "20", "--windows", "32", "--compile"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert "embed packed, compiled" in [row["name"] for row in result["rows"]]
