@@ -62,7 +62,9 @@ def why_train(context: Context, fingerprint: str | None) -> str | None:
     newest = newest_tower(context)
     reason = None
     if newest is None:
-        reason = f"there is no user tower called {context.config.name} that was not held or rolled back"
+        held = context.store.newest(UserTower, name=context.config.name) is not None
+        what = "each one was held or rolled back" if held else "none was trained yet"
+        reason = f"there is no user tower called {context.config.name} to go on with: {what}"
     elif newest.item_fingerprint != fingerprint:
         reason = f"user tower {newest.id} reads item tower {newest.item_fingerprint}, tonight's is {fingerprint}"
     if reason is not None:
