@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 import pytest
 
-from jobs import train_user
+from jobs import paper_table, train_user
 from pipeline.published import published_rows
+from pipeline.splits import SplitConfig, protocol_label
+from user_tower.sequences import Histories
 
+NO_EVENTS = Histories([], np.zeros(1, np.int64), np.zeros(0, np.int64))
 SETS = ("--set", "train.epochs=2", "--set", "evaluate.metric=recall@5")
 
 
@@ -55,6 +59,22 @@ def test_an_unknown_row_and_a_folder_without_tables_are_named(workspace, tmp_pat
     assert "'ours' is no row" in error["error"]
     error = workspace.fails("paper-table", "--data", str(tmp_path / "nothing"))
     assert "there is no items.parquet" in error["error"]
+
+
+def test_published_rows_of_other_protocols_are_shown_with_these_alone():
+    sampled = protocol_label(NO_EVENTS, SplitConfig(protocol="sampled", negatives=20, negatives_seed=3))
+    repeats = protocol_label(NO_EVENTS, SplitConfig(repeats=True))
+    figures = {"MicroLens-50k": 0.7123, "amazon-baby": 0.6786, "Amazon-Games": 0.7011}
+    for name, figure in figures.items():
+        assert [row["hr@5"] for row in published_rows(name, sampled)] == [figure]
+        assert published_rows(name, sampled.replace("1+20", "1+99")) == []
+        assert published_rows(name, "leave-last-out") == []
+    for name, figure in {"EB-NeRD-small": 0.5006, "merrec": 0.4987}.items():
+        assert [row["recall@10"] for row in published_rows(name, repeats)] == [figure]
+        assert published_rows(name, "leave-last-out") == []
+    ours = {"data": {"name": "microlens"}, "users": 3, "counts": {"items": 9}}
+    table = paper_table._published(published_rows("microlens", sampled), ours, "recall@5")
+    assert "| published, model not named, 20 random negatives | 0.7123 | as handed" in table
 
 
 def test_published_rows_stand_beside_the_same_protocol_alone(workspace, embed_here, folder):
