@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_jobs_refresh import NIGHT, add_day, champion, tracking
 
 from jobs import releases
@@ -21,11 +22,19 @@ from schemas.records import Dataset, Release, Snapshot, UserTower, UserVectors
 TESTS = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """embed-items' worker, which runs in this process here, sets the threads of the training after it; with another
+    number the weights differ, and so do the releases of a night that embeds and one that finds it done."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
 def start(workspace, *sets: str) -> subprocess.Popen:
     """A refresh in a process of its own, with its exit status."""
     arguments = ["refresh", "--config", str(workspace.toml), *NIGHT, *sets]
     code = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r})\nimport conftest; from jobs import cli, embed_items\n"
+        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
+        "import conftest, torch; torch.set_num_threads = lambda count: None; from jobs import cli, embed_items\n"
         f"embed_items.embed_windows = conftest.embed_in_this_process([]); sys.exit(cli.main({arguments}))"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
