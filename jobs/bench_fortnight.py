@@ -269,7 +269,8 @@ def _nights_table(rows: list[dict[str, Any]], metric: str) -> tuple[list[str], l
         counts += [str(row["reverted"] + row["returned"]), str(row["withdrawn"]), str(row["embedded"])]
         told = ["rolled back"] if row["rollback"] else []
         for each in row["attempts"]:
-            why = f" ({each['why']})" if each["outcome"] == "held" else ""
+            first, *more = each["why"].split(", ")
+            why = f" ({first}{f' and {len(more)} more' if more else ''})" if each["outcome"] == "held" else ""
             told.append(f"{each['fault'] + ': ' if each['fault'] else ''}{each['outcome']}{why}")
         value = "" if row["metric"] is None else f"{row['metric']:.4f}"
         cells.append([f"{row['night']}, to {row['to']}", *counts, "; ".join(told), value])
