@@ -57,6 +57,8 @@ class BenchConfig(BaseModel):
     """``bench retrieve`` also sets exact search against FAISS and torch; bfloat16 is slow on CPUs without it."""
     users: int = Field(default=20_000, gt=0)
     """Of ``bench evaluate``; the goal is set at 200,711 users and 126,871 vectors."""
+    recbole: bool = True
+    """``bench evaluate`` also runs RecBole's full-sort evaluation, in an environment that it installs."""
 
 
 class UsersConfig(BaseModel):
