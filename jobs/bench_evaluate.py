@@ -1,23 +1,31 @@
-"""bench evaluate: a whole evaluation against the bare float32 score-and-top-k of the same users, in one run."""
+"""bench evaluate: a whole evaluation against the bare float32 score-and-top-k of the same users, in one run, and
+against RecBole's full-sort evaluation of the same users, histories, candidates and queries."""
 
 from __future__ import annotations
 
+import json
+import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from jobs.config import Config, load_config
+from jobs.bench_peers import RECBOLE, peer_python
+from jobs.config import Config, load_config, local_store
 from jobs.evaluate import LIST, figures
 from pipeline.evaluate import Pool, rank_users
 from pipeline.scores import Product, Scores, longest
 from pipeline.slices import target_slices
 from pipeline.splits import Queries
+from schemas.errors import ConfigError
 from user_tower.sequences import Histories
 
 DIM, BARE_TOP, EVENTS = 384, 200, 9
@@ -79,6 +87,27 @@ def _peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+def _recbole(python: Path, queries: torch.Tensor, candidates: torch.Tensor, asked: Queries) -> dict[str, Any]:
+    """What ``bench_evaluate_peer`` answers: RecBole's evaluation with the batch that was its best on some users.
+
+    Raises ConfigError when it ends without an answer.
+    """
+    threads, histories = str(torch.get_num_threads()), asked.histories
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside)
+        events = {"offsets": histories.offsets, "items": histories.items, "targets": asked.targets}
+        np.savez(folder / "inputs.npz", queries=queries.numpy(), candidates=candidates.numpy(), **events)
+        script = Path(__file__).with_name("bench_evaluate_peer.py")
+        command = [str(python), "-I", str(script), aside, threads, str(_TRIED)]
+        alone = {**os.environ, "OMP_NUM_THREADS": threads}
+        done = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = " ".join(done.stderr.strip().splitlines()[-1:])
+        raise ConfigError(f"bench evaluate: RecBole ended with {done.returncode}: {last}; set bench.recbole=false")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"name": "RecBole 1.2.1, full sort", **answer, "seconds": round(answer["seconds"], 2)}
+
+
 @torch.inference_mode()
 def run(config: str, sets: list[str]) -> dict[str, Any]:
     """Rows and ratios: ranks, lists, intervals and slices of all users over the bare pass at its best chunk."""
@@ -103,7 +132,7 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     rate = _gflops(candidates)
     floor = flops / rate / 1e9
     facts = {"users": len(queries), "items": len(candidates), "dim": DIM, "threads": torch.get_num_threads()}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": "evaluate",
             "seconds": round(own, 2),
@@ -113,13 +142,17 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
         {"name": f"bare float32 score and top {BARE_TOP}", "seconds": round(bare, 2), "chunk": chunk},
         {"name": "floor: the products alone", "seconds": round(floor, 2), "gflops": round(rate, 1)},
     ]
+    ratio = {"over_bare_score_topk": round(own / bare, 3), "floor_over_evaluate": round(floor / own, 3)}
+    if settings.bench.recbole:
+        python = peer_python("recbole", RECBOLE, local_store(settings))
+        rows.append(_recbole(python, queries, candidates, asked))
+        ratio["over_recbole"] = round(own / rows[-1]["seconds"], 3)
     for row in rows:
         print(row, file=sys.stderr, flush=True)
-    ratio = {"over_bare_score_topk": round(own / bare, 3), "floor_over_evaluate": round(floor / own, 3)}
     metric = settings.evaluate.metric
     return {
         "name": "evaluate",
-        "rows": [row | facts | {"source": "made up"} for row in rows],
+        "rows": [facts | row | {"source": "made up"} for row in rows],
         "metric": {metric: metrics[metric]},
         "ratio": ratio,
     }

@@ -69,6 +69,8 @@ class BenchConfig(BaseModel):
     """What ``bench scale`` is asked about."""
     rates: Rates = Rates()
     """Rates that ``bench scale`` takes as given; the others it measures."""
+    recbole: bool = True
+    """``bench evaluate`` also runs RecBole's full-sort evaluation, in an environment that it installs."""
 
 
 class UsersConfig(BaseModel):
