@@ -100,7 +100,9 @@ def stage1_rows(
         row("as configured", batches, config),
         row("as many candidates as the official scheme", batches, config.model_copy(update={"train": many})),
     ]
-    full = [batch for batch in batches if (batch.lengths == history).all()]
+    long = training.select(np.flatnonzero(training.lengths > history))
+    cut = training_batches(long, history, STAGE1_BATCH, np.random.default_rng(0))
+    full = [batch for batch in cut if (batch.lengths == history).all()]
     return rows + ([row("full windows alone", full, config)] if full else [])
 
 
