@@ -95,8 +95,14 @@ def _recbole(python: Path, queries: torch.Tensor, candidates: torch.Tensor, aske
     threads, histories = str(torch.get_num_threads()), asked.histories
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside)
-        events = {"offsets": histories.offsets, "items": histories.items, "targets": asked.targets}
-        np.savez(folder / "inputs.npz", queries=queries.numpy(), candidates=candidates.numpy(), **events)
+        np.savez(
+            folder / "inputs.npz",
+            queries=queries.numpy(),
+            candidates=candidates.numpy(),
+            offsets=histories.offsets,
+            items=histories.items,
+            targets=asked.targets,
+        )
         script = Path(__file__).with_name("bench_evaluate_peer.py")
         command = [str(python), "-I", str(script), aside, threads, str(_TRIED)]
         alone = {**os.environ, "OMP_NUM_THREADS": threads}

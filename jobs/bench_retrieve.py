@@ -136,7 +136,9 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     rows = _exact_rows(queries, vectors) if settings.bench.exact else []
     flat = _flat(inputs)
     print({"name": "flat", **_figures(flat.took, flat.rows, flat)}, file=sys.stderr, flush=True)
-    kinds: list[Kind] = ["ivf-flat", "hnsw"] + (["ivf-pq"] if len(vectors) >= PQ_TRAIN else [])
+    kinds: list[Kind] = ["ivf-flat", "hnsw"]
+    if len(vectors) >= PQ_TRAIN:
+        kinds.append("ivf-pq")
     if settings.index.kind != "auto":
         kinds = [settings.index.kind]
     ann = [_ann_row(kind, settings.index, inputs, flat) for kind in kinds]
