@@ -24,14 +24,14 @@ KS = [5, 10, 50, 200]
 def write_events(folder: Path, inputs: Any, users: int) -> None:
     """RecBole's files of the first users: their events in order, the target last, and every item of the catalog."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    lines = ["user:token\titem:token\ttime:float"]
     offsets = inputs["offsets"]
     for user in range(users):
         events = [*inputs["items"][offsets[user] : offsets[user + 1]].tolist(), int(inputs["targets"][user])]
         lines += [f"{user}\t{item}\t{place}" for place, item in enumerate(events)]
     (folder / f"{folder.name}.inter").write_text("\n".join(lines) + "\n")
     items = "\n".join(map(str, range(len(inputs["candidates"]))))
-    (folder / f"{folder.name}.item").write_text(f"item_id:token\n{items}\n")
+    (folder / f"{folder.name}.item").write_text(f"item:token\n{items}\n")
 
 
 def evaluation(folder: Path, inputs: Any) -> Any:
@@ -66,7 +66,10 @@ def evaluation(folder: Path, inputs: Any) -> Any:
     def measure(users: int) -> dict[str, Any]:
         settings = {
             "data_path": str(folder.parent),
-            "load_col": {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id"]},
+            "USER_ID_FIELD": "user",
+            "ITEM_ID_FIELD": "item",
+            "TIME_FIELD": "time",
+            "load_col": {"inter": ["user", "item", "time"], "item": ["item"]},
             "eval_args": {"split": {"LS": "test_only"}, "order": "TO", "group_by": "user", "mode": "full"},
             "metrics": ["Recall", "NDCG", "MRR"],
             "topk": KS,

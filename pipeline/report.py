@@ -109,7 +109,7 @@ def slice_rows(runs: list[dict[str, Any]], metric: str) -> tuple[list[str], list
 
 
 def _cell(part: dict[str, Any] | None, metric: str) -> str:
-    if part is None or part[metric] is None:
+    if part is None or part.get(metric) is None:  # slices know the metric that decided their own evaluation
         return "-"
     low, high = part["ci95"]
     return f"{part[metric]:.4f} [{low:.4f}, {high:.4f}]"
@@ -195,7 +195,7 @@ def _slice_charts(page: Page) -> str:
 
 
 def _point(part: dict[str, Any] | None, metric: str) -> tuple[float, float, float] | None:
-    return None if part is None or part[metric] is None else (part[metric], *part["ci95"])
+    return None if part is None or part.get(metric) is None else (part[metric], *part["ci95"])
 
 
 def _curves(page: Page) -> str:

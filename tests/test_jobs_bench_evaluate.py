@@ -18,7 +18,8 @@ PEER = """import json, sys
 import numpy as np
 found = np.load(sys.argv[1] + "/inputs.npz")
 print("noise")
-print(json.dumps({"seconds": 1e-9 + len(found["targets"]), "users": len(found["offsets"]) - 1}))
+answer = {"seconds": 1e-9 + len(found["targets"]), "cpu_seconds": 20.0, "users": len(found["offsets"]) - 1}
+print(json.dumps(answer))
 """
 
 
@@ -32,7 +33,10 @@ def test_the_whole_evaluation_stands_beside_the_bare_pass_and_recbole(tmp_path, 
     whole, _, _, peer = result["rows"]
     assert (peer["users"], peer["seconds"], peer["items"]) == (60, 60.0, 300)
     assert result["ratio"]["over_recbole"] == pytest.approx(whole["seconds"] / 60, abs=2e-3)
-    assert set(result["ratio"]) == {"over_bare_score_topk", "floor_over_evaluate", "over_recbole"}
+    assert result["ratio"]["cpu_over_recbole"] == pytest.approx(whole["cpu_seconds"] / 20, abs=2e-3)
+    assert set(result["ratio"]) == {
+        "over_bare_score_topk", "cpu_over_bare_score_topk", "floor_over_evaluate", "over_recbole", "cpu_over_recbole"
+    }  # fmt: skip
     script.write_text("raise SystemExit(3)")
     with pytest.raises(ConfigError, match=r"RecBole ended with 3.*bench\.recbole=false"):
         BENCHES["evaluate"]("demo.toml", SETS)
@@ -46,7 +50,7 @@ def test_the_peer_reads_every_event_with_the_target_last(tmp_path):
     bench_evaluate_peer.write_events(tmp_path / "all", inputs, 2)
     _, *events = (tmp_path / "all" / "all.inter").read_text().splitlines()
     assert events == ["0\t3\t0", "0\t1\t1", "0\t2\t2", "1\t0\t0", "1\t1\t1"]
-    assert (tmp_path / "all" / "all.item").read_text().split() == ["item_id:token", "0", "1", "2", "3"]
+    assert (tmp_path / "all" / "all.item").read_text().split() == ["item:token", "0", "1", "2", "3"]
 
 
 def test_an_environment_is_made_once_and_a_failure_is_named(tmp_path, monkeypatch):

@@ -15,10 +15,14 @@ from user_tower.sequences import Histories
 
 
 def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
+    """Item i3 was withdrawn: no index holds it, and nobody gets it, with a history or without."""
     workspace.toml.write_text(workspace.toml.read_text() + '[item_tower]\nuse = "base"\n')
+    items = pl.read_csv(workspace.data("items"))
+    items.with_columns(available=pl.col("item_id") != "i3").write_csv(workspace.data("items"))
     for command in ("prepare-data", "embed-items", "train-user"):
         workspace.run(command)
     built = workspace.run("build-index")
+    assert built["vectors"] == 23
     assert (built["kind"], built["ann"]["ann_loss"], built["ann"]["queries"]) == ("flat", 0.0, 60)
     assert built["ann"]["model_recall"] == built["ann"]["index_recall"]
     assert workspace.run("build-index") == {**built, "reused": True}
@@ -43,9 +47,13 @@ def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
     cold = workspace.run("recommend", "--user", "nobody", "--k", "5", "--blocklist", str(tmp_path / "block.txt"))
     assert (cold["fallback"], cold["users_without_history"]) == ("popularity", 1)
     assert [item["score"] for item in cold["items"]] == sorted(
-        (count for item, count in by_item.items() if item != ids[0]), reverse=True
+        (count for item, count in by_item.items() if item not in (ids[0], "i3")), reverse=True
     )[:5]
-    assert all(by_item[item["item_id"]] == item["score"] and item["item_id"] != ids[0] for item in cold["items"])
+    assert all(
+        by_item[item["item_id"]] == item["score"] and item["item_id"] not in (ids[0], "i3") for item in cold["items"]
+    )
+    every = workspace.run("recommend", "--user", "nobody", "--k", "23")
+    assert "i3" not in [item["item_id"] for item in every["items"]]
 
 
 def test_bench_retrieve_prints_its_rows_and_ratios(tmp_path):

@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import index as index_module
 from pipeline.ann import GPU_CAP, IndexConfig, Searcher, exact_top_k, make, resolve_kind
+from pipeline.cleanup import RetentionConfig, clean
 from pipeline.index import ann_report, build_index, open_index, read_blocklist
 from pipeline.store import Store
 from schemas.errors import ConfigError, DataError, StoreError
+
+_CHECKSUM = index_module._checksum
 
 
 def unit(count: int, dim: int = 16, seed: int = 0) -> np.ndarray:
@@ -113,6 +117,31 @@ def test_a_damaged_file_is_refused(tmp_path, kind, damage):
     path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b""}[damage])
     with pytest.raises(StoreError, match="run build-index again"):
         open_index(Store(tmp_path), index.record)
+
+
+def test_a_version_of_the_files_is_hashed_once_and_a_later_write_is_seen(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(index_module, "_checksum", lambda *args: (hashed.append(1), _CHECKSUM(*args))[1])
+    record = opened(tmp_path, unit(500)).record
+    store, started = Store(tmp_path), len(hashed)
+    open_index(store, record)
+    assert len(hashed) == started + 1  # so young that a write in the same tick would not show
+    monkeypatch.setattr(index_module, "_SETTLED", -1.0)
+    for _ in range(3):
+        open_index(store, record)
+    assert len(hashed) == started + 2
+    path = tmp_path / "indexes" / record.id / "index.faiss"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="does not match its checksum"):
+            open_index(store, record)
+    clean(store, RetentionConfig())
+    assert len(list(store.matrices.glob("*.checked"))) == 1
+    store.remove(record)
+    clean(store, RetentionConfig())
+    assert not list(store.matrices.glob("*.checked"))
 
 
 def test_what_does_not_fit_is_named(tmp_path):

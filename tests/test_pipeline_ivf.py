@@ -1,0 +1,55 @@
+"""Search list by list against brute force over the same lists, and against FAISS's own way through them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import ivf
+from pipeline.ann import IndexConfig, Searcher, load, make, save
+from pipeline.ivf import search_lists, worthwhile
+
+
+def lists_of(owner: np.ndarray, vectors: np.ndarray):
+    """Vectors and rows of each list, by the list [n] of each vector."""
+    return lambda number: (vectors[owner == number], np.flatnonzero(owner == number))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 60), st.integers(1, 7), st.integers(1, 12), st.integers(1, 3))
+def test_it_is_brute_force_over_the_probed_lists(seed, count, nlist, k, first):
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-9, 10, (count, 3)).astype(np.float32)  # whole numbers: no score is rounded
+    queries = rng.integers(-9, 10, (5, 3)).astype(np.float32)
+    owner = rng.integers(0, nlist, count)  # some lists are empty
+    probes = np.stack([rng.permutation(np.arange(-1, nlist))[: rng.integers(1, 2) + nlist - 1] for _ in range(5)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ivf, "QUERIES", 3)
+        patch.setattr(ivf, "_FIRST", first)
+        patch.setattr(ivf, "_WIDTH", 0)  # the floor is met after the first lists, however few they hold
+        scores, rows = search_lists(queries, probes, k, lists_of(owner, vectors))
+    for query, probed, got, places in zip(queries, probes, scores, rows, strict=True):
+        inside = np.flatnonzero(np.isin(owner, probed))
+        expected = np.sort(vectors[inside] @ query)[::-1][:k]
+        assert got[: len(expected)].tolist() == expected.tolist()
+        assert (got[len(expected) :] == -np.inf).all()
+        known = places[places >= 0]
+        assert len(set(known.tolist())) == len(known) == len(expected)
+        assert set(known.tolist()) <= set(inside.tolist())
+        assert (vectors[known] @ query).tolist() == got[: len(known)].tolist()
+
+
+def test_many_queries_find_what_faiss_finds_one_by_one(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors, queries = (rng.standard_normal((n, 16)).astype(np.float32) for n in (3000, 400))
+    config = IndexConfig(kind="ivf-flat", nlist=40, nprobe=6)
+    save(make(config, vectors), tmp_path / "index")
+    searcher = Searcher(load(tmp_path / "index", "ivf-flat"), config, "ivf-flat")
+    assert worthwhile(400, 6, 40)
+    assert not worthwhile(1, 6, 40)
+    together = searcher.search(queries, 20)
+    alone = [searcher.search(query[None], 20) for query in queries[:50]]
+    assert together[1][:50].tolist() == [rows[0].tolist() for _, rows in alone]
+    assert together[0][:50] == pytest.approx(np.concatenate([scores for scores, _ in alone]), abs=1e-4)
