@@ -108,14 +108,24 @@ def test_what_comes_next_is_named_step_by_step(workspace, embed_here):
     assert "run hllm build-index first" in workspace.fails("recommend", *base, "--user", "u0")["error"]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Where the first test leaves a copy of its store for the others."""
+    return tmp_path_factory.mktemp("served") / "store"
+
+
 @pytest.fixture
-def served(workspace, embed_here):
+def served(workspace, embed_here, made):
     """A workspace whose untuned cache can recommend."""
     workspace.toml.write_text(workspace.toml.read_text() + '[item_tower]\nuse = "base"\n')
+    if made.exists():
+        shutil.copytree(made, workspace.store)
+        return workspace
     workspace.run("prepare-data")
     workspace.run("embed-items")
     workspace.run("train-user", "--set", "train.epochs=1")
     workspace.run("build-index")
+    shutil.copytree(workspace.store, made)
     return workspace
 
 

@@ -44,6 +44,7 @@ def test_rows_with_one_budget_and_a_resumed_run(workspace, embed_here, folder, m
     assert again["rows"] == result["rows"]
 
 
+@pytest.mark.slow
 def test_the_whole_grid_chooses_on_validation(workspace, embed_here, folder):
     result = workspace.run(
         "paper-table", "--data", folder, "--budget-minutes", "60", *SETS, "--only", "sasrec-id",

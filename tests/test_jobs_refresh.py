@@ -162,8 +162,8 @@ def test_events_far_behind_the_champion_are_late(workspace):
     ("fault", "gate"),
     [
         ("catalog", "catalog size"),
-        ("events", "interactions lost"),
-        ("clock", "newer than the champion, days"),
+        pytest.param("events", "interactions lost", marks=pytest.mark.slow),
+        pytest.param("clock", "newer than the champion, days", marks=pytest.mark.slow),
     ],
 )
 def test_drifting_input_is_held(workspace, embed_here, fault, gate):

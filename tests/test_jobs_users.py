@@ -88,6 +88,7 @@ def test_a_stored_vector_and_the_stored_items_give_the_recommendation(trained):
         assert found[0]["score"] == pytest.approx(float(scores.max()), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_table(workspace):
     """The only test here that starts Ray."""
     workspace.run("prepare-data")

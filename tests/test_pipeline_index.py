@@ -87,6 +87,7 @@ def test_every_vector_finds_itself_after_a_load(tmp_path, kind):
     assert (found.rows[:, 0] == np.arange(200)).mean() > 0.98
 
 
+@pytest.mark.slow
 def test_product_quantisation_loses_what_the_report_says(tmp_path):
     vectors = unit(10_000)
     index = opened(tmp_path, vectors, kind="ivf-pq", nlist=16, nprobe=16)

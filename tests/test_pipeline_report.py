@@ -24,11 +24,14 @@ document.documentElement.scrollWidth, [...document.querySelectorAll("svg text")]
 t => {const b = t.getBBox(); return b.x < 0 || b.x + b.width > %d}).length].join()</script>"""
 
 
+COST = {"items_per_second": 5.0, "positions_per_second": None, "seconds": {"evaluate": 2.0}, "wall_seconds": 2.0}
+
+
 def run(name: str, recall: float) -> dict:
     interval = [recall - 0.1, recall + 0.1]
     return {
         "name": name, "metrics": {"recall@10": recall}, "ci95": {"recall@10": interval}, "slices": {}, "lists": {},
-        "candidates": 9, "behind": None if recall > 0.4 else [0.1, 0.0, 0.2, 0.04],
+        "candidates": 9, "cost": COST, "behind": None if recall > 0.4 else [0.1, 0.0, 0.2, 0.04],
     }  # fmt: skip
 
 

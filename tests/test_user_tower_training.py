@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_named_and_half_a_one_is_not_there(tmp_path):
         train(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["train-user", "tune-items"])
+@pytest.mark.parametrize("command", ["train-user", pytest.param("tune-items", marks=pytest.mark.slow)])
 def test_a_command_killed_at_any_moment_ends_in_the_same_tower(workspace, embed_here, command):
     """SIGKILL to a process of its own, twice; the third run finishes what they began."""
     sets = ["--set", "train.checkpoint_steps=2", "--set", "tune.train.checkpoint_steps=1"]
