@@ -9,14 +9,18 @@ Without root neither a full disk nor another clock can be had, so the calls of t
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from jobs.cli import main
 from pipeline.oplog import StepLog
+
+_ROOMS = ("jobs", "pipeline", "item_tower", "user_tower", "schemas", "mlflow")
 
 
 def _fill_disk(step: str) -> None:
@@ -36,9 +40,15 @@ def _fill_disk(step: str) -> None:
 
 
 def _turn_clock_back(days: str) -> None:
+    """Give this project's modules and MLflow's another clock; Ray pickles functions of the ``time`` that it knows."""
+    importlib.import_module("jobs.refresh")
+    importlib.import_module("mlflow")
     seconds, now, now_ns = float(days) * 86_400, time.time, time.time_ns
-    time.time = lambda: now() - seconds
-    time.time_ns = lambda: now_ns() - int(seconds * 1e9)
+    behind = {"time": lambda: now() - seconds, "time_ns": lambda: now_ns() - int(seconds * 1e9)}
+    clock = SimpleNamespace(**(vars(time) | behind))
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in _ROOMS and getattr(module, "time", None) is time:
+            module.time = clock  # type: ignore[attr-defined]
 
 
 FAULTS: dict[str, Callable[[str], None]] = {"disk-full": _fill_disk, "clock": _turn_clock_back}

@@ -127,6 +127,23 @@ MINI = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
+def test_the_clock_of_a_child_is_behind_for_what_it_writes_and_ray_can_pickle():
+    code = """
+import pickle, time
+from jobs.fortnight_child import FAULTS
+FAULTS["clock"]("3")
+from mlflow.utils.time import get_current_time_millis
+from pipeline.files import next_created_at
+now = time.time_ns() // 1_000_000
+assert abs(now - next_created_at([]) - 3 * 86_400_000) < 60_000
+assert abs(now - get_current_time_millis() - 3 * 86_400_000) < 60_000
+pickle.dumps(time.time)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
