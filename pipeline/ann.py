@@ -22,8 +22,9 @@ _faiss: Any = faiss  # its stubs lack the constructors with keywords
 Kind = Literal["flat", "ivf-flat", "ivf-pq", "hnsw"]
 AUTO_FLAT = 20_000  # up to here exact search over all vectors takes about a millisecond
 PQ_TRAIN = 39 * 256  # FAISS asks for 39 training points a centroid, and a byte of a code has 256 centroids
-NPROBE = 160
-_POINTS = 40  # of k-means, a centroid: FAISS warns below 39; 256, its default, take six times as long
+NPROBE = 128
+# of k-means: vectors a centroid (FAISS warns below 39; its 256 take six times as long) and rounds (FAISS: 10)
+_POINTS, _ROUNDS = 40, 6
 GPU_CAP = 2048  # of k and of nprobe, FAISS wiki, "Faiss on the GPU"
 _QUERIES, _ITEMS = 256, 16_384  # one block of scores: 16 MiB
 
@@ -36,10 +37,10 @@ class IndexConfig(BaseModel):
     kind: Literal["auto", "flat", "ivf-flat", "ivf-pq", "hnsw"] = "auto"
     """``flat`` is exact. ``auto`` is ``flat`` up to 20,000 vectors, else ``ivf-flat``."""
     nlist: int | None = Field(default=None, ge=1)
-    """Lists of an IVF; None: 4 sqrt(N), the lower end of the FAISS guidelines, and at most N / 39."""
+    """Lists of an IVF; None: 8 sqrt(N), the middle of the FAISS guidelines, and at most N / 39."""
     nprobe: int | None = Field(default=None, ge=1)
-    """Lists that a query reads; None: 160, or all where there are fewer. The number of lists that hold 95 % of the
-    exact 100 hardly moves with ``nlist`` (1M vectors, queries of a user tower: about 135 of 1,024 and of 4,000)."""
+    """Lists that a query reads; None: 128, or all where there are fewer. How many hold 95 % of the exact 100 hardly
+    moves with ``nlist`` (1M vectors, queries of a user tower: 135 of 1,024 and of 4,000, 120 of 8,000)."""
     pq_bytes: int | None = Field(default=None, ge=1)
     """Bytes of a product-quantised vector, a divisor of D; None: the largest that is at most D / 4."""
     hnsw_links: int = Field(default=32, ge=4)
@@ -63,7 +64,7 @@ def resolve_kind(config: IndexConfig, count: int) -> Kind:
 
 def lists(config: IndexConfig, count: int) -> tuple[int, int]:
     """(nlist, nprobe) for ``count`` vectors. Raises ConfigError when there are more lists than vectors."""
-    nlist = config.nlist or max(1, min(int(4 * math.sqrt(count)), count // 39))
+    nlist = config.nlist or max(1, min(int(8 * math.sqrt(count)), count // 39))
     if nlist > count:
         raise ConfigError(f"index.nlist {nlist}: there are {count} vectors; ask for at most so many lists")
     return nlist, min(nlist, config.nprobe or NPROBE)
@@ -105,7 +106,8 @@ def make(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
         nlist, nprobe = lists(config, count)
         code = "Flat" if kind == "ivf-flat" else f"PQ{pq_bytes(config, dim, count)}"
         index = faiss.index_factory(dim, f"IVF{nlist},{code}", faiss.METRIC_INNER_PRODUCT)
-        index.nprobe, index.cp.seed, index.cp.max_points_per_centroid = nprobe, config.seed, _POINTS
+        index.nprobe, index.cp.seed = nprobe, config.seed
+        index.cp.max_points_per_centroid, index.cp.niter = _POINTS, _ROUNDS
         index.train(vectors)
     index.add(vectors)
     return index

@@ -7,7 +7,9 @@ Legend: Q queries, P probed lists of a query, L lists, D dim, k neighbours, m qu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 # of a list: its vectors float32 [n, D], and the row of each in the index, int64 [n]
 Lists = Callable[[int], tuple[FloatArray, IntArray]]
-QUERIES = 4096  # at a time; what the first lists hold is kept for so many, about 200 MiB
+QUERIES = 8192  # at a time; what the first lists hold is kept for so many, about 300 MiB
 _FIRST, _WIDTH = 4, 8  # lists read before there is a floor; they should hold so many times k
 _SHARED = 4  # queries a list from which one product is faster than reading the list for each
 
@@ -41,41 +43,71 @@ class _Best(NamedTuple):
         return self.scores[:, -1]
 
 
-def _scan(queries_QD: Tensor, probes: IntArray, lists: Lists, best: _Best) -> _Best:
+class _Hits(NamedTuple):
+    """What of one list reaches the floors. pairs: [m], counts: [m] hits of each; then of every hit: its pair, its
+    place among the hits of that pair, score, and row in the index."""
+
+    pairs: Tensor
+    counts: Tensor
+    pair: Tensor
+    place: Tensor
+    scores: Tensor
+    rows: Tensor
+
+
+def _meet(
+    queries_QD: Tensor, floor_Q: Tensor, owners: Tensor, pairs: Tensor, found: tuple[FloatArray, IntArray]
+) -> _Hits:
+    """One list, its vectors and rows ``found``, and the m queries ``owners`` that read it."""
+    scores_mn = queries_QD[owners] @ torch.from_numpy(found[0]).T
+    query, column = torch.nonzero(scores_mn >= floor_Q[owners][:, None], as_tuple=True)
+    counts = torch.bincount(query, minlength=len(pairs))
+    place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+    return _Hits(pairs, counts, pairs[query], place, scores_mn[query, column], torch.from_numpy(found[1])[column])
+
+
+def _scan(queries_QD: Tensor, probes: IntArray, lists: Lists, best: _Best, pool: Executor, jobs: int) -> _Best:
     """best, after the lists ``probes`` [Q, P] of each query (-1: none)."""
     count, width = probes.shape
     flat = probes.ravel()
     order = np.argsort(flat, kind="stable")  # pairs of query and list, those of a list together
-    found, bounds = np.unique(flat[order], return_index=True)
-    ends = [*bounds[1:].tolist(), len(flat)]
-    hits = torch.zeros(count * width, dtype=torch.int64)  # of each pair
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for number, first, last in zip(found.tolist(), bounds.tolist(), ends, strict=True):
-        if number < 0:
-            continue
-        vectors, rows = lists(number)
-        if not len(rows):
-            continue
-        pairs = torch.from_numpy(order[first:last])
-        owners = pairs // width
-        scores_mn = queries_QD[owners] @ torch.from_numpy(vectors).T
-        query, column = torch.nonzero(scores_mn >= best.floor[owners][:, None], as_tuple=True)
-        each = torch.bincount(query, minlength=len(pairs))
-        hits[pairs] = each
-        place = torch.arange(len(query)) - (each.cumsum(0) - each)[query]  # among the hits of its pair
-        parts.append((pairs[query], place, scores_mn[query, column], torch.from_numpy(rows)[column]))
+    numbers, bounds = np.unique(flat[order], return_index=True)
+    spans = list(zip(numbers.tolist(), bounds.tolist(), [*bounds[1:].tolist(), len(flat)], strict=True))
+
+    def work(first: int) -> list[_Hits]:
+        met = []
+        for number, start, stop in spans[first::jobs]:
+            found = lists(number) if number >= 0 else None
+            if found is not None and len(found[1]):
+                pairs = torch.from_numpy(order[start:stop])
+                met.append(_meet(queries_QD, best.floor, pairs // width, pairs, found))
+        return met
+
+    parts = [hits for part in pool.map(work, range(jobs)) for hits in part]
     if not parts:
         return best
-    pair, place, scores, rows_found = (torch.cat(part) for part in zip(*parts, strict=True))
-    by_query = hits.view(count, width)
+    each_pair, each_count, pair, place, scores, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+    by_query = torch.zeros(count * width, dtype=torch.int64).index_copy(0, each_pair, each_count).view(count, width)
     starts = (by_query.cumsum(1) - by_query).flatten()
     at = pair // width, starts[pair] + place
     wide_scores = torch.full((count, int(by_query.sum(1).max())), -torch.inf)
     wide_rows = torch.full(wide_scores.shape, -1)
-    wide_scores[at], wide_rows[at] = scores, rows_found
+    wide_scores[at], wide_rows[at] = scores, rows
     together = torch.cat([best.scores, wide_scores], dim=1)
     values, columns = together.topk(best.scores.shape[1], dim=1)
     return _Best(values, torch.cat([best.rows, wide_rows], dim=1).gather(1, columns))
+
+
+@contextmanager
+def _workers() -> Iterator[tuple[Executor, int]]:
+    """As many threads as torch has, each of which computes alone: a product of one list is too small to be shared."""
+    jobs = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            yield pool, jobs
+    finally:
+        torch.set_num_threads(jobs)
 
 
 def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) -> tuple[FloatArray, IntArray]:
@@ -90,13 +122,14 @@ def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) ->
     sizes = {number: len(lists(number)[1]) for number in np.unique(probes[:, :_FIRST]).tolist() if number >= 0}
     mean = sum(sizes.values()) / max(1, len(sizes))
     first = max(_FIRST, round(_WIDTH * k / max(1.0, mean)))
-    for start in range(0, len(queries), QUERIES):
-        part = probes[start : start + QUERIES]
-        queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + QUERIES], dtype=np.float32))
-        shape = len(part), k
-        best = _Best(torch.full(shape, -torch.inf), torch.full(shape, -1))
-        for lap in (part[:, :first], part[:, first:]):
-            if lap.shape[1]:
-                best = _scan(queries_QD, np.ascontiguousarray(lap), lists, best)
-        scores[start : start + QUERIES], rows[start : start + QUERIES] = best.scores.numpy(), best.rows.numpy()
+    with _workers() as (pool, jobs):
+        for start in range(0, len(queries), QUERIES):
+            part = probes[start : start + QUERIES]
+            queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + QUERIES], dtype=np.float32))
+            shape = len(part), k
+            best = _Best(torch.full(shape, -torch.inf), torch.full(shape, -1))
+            for lap in (part[:, :first], part[:, first:]):
+                if lap.shape[1]:
+                    best = _scan(queries_QD, np.ascontiguousarray(lap), lists, best, pool, jobs)
+            scores[start : start + QUERIES], rows[start : start + QUERIES] = best.scores.numpy(), best.rows.numpy()
     return scores, rows
