@@ -108,7 +108,7 @@ bench-ingest: $(STAMP) ## 20M interactions and 2M items from gz CSV against pola
 bench-retrieve: $(STAMP) ## exact and ANN search against FAISS flat and torch, 100k vectors (ARGS="--set bench.vectors=1000000": 1M)
 	@$(HLLM) bench retrieve --config $(CONFIG) $(ARGS)
 
-bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k of the same users
+bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k and RecBole's full sort (1.5 GB)
 	@$(HLLM) bench evaluate --config $(CONFIG) $(ARGS)
 
 bench-fortnight: $(STAMP) ## DATA=FOLDER: 14 nights of it with faults, resumable; half an hour with amazon2014-beauty

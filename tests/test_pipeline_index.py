@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import index as index_module
-from pipeline.ann import GPU_CAP, IndexConfig, Searcher, exact_top_k, make, resolve_kind
+from pipeline.ann import GPU_CAP, IndexConfig, Searcher, exact_top_k, lists, make, resolve_kind
 from pipeline.cleanup import RetentionConfig, clean
 from pipeline.index import ann_report, build_index, open_index, read_blocklist
 from pipeline.store import Store
@@ -158,7 +158,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         index.search(bad[7:8], 1)
     with pytest.raises(ConfigError, match=r"index\.nlist 31: there are 30 vectors"):
         make(IndexConfig(kind="ivf-flat", nlist=31), vectors)
-    assert [resolve_kind(IndexConfig(), n) for n in (20_000, 20_001)] == ["flat", "ivf-flat"]
+    assert [resolve_kind(IndexConfig(), n) for n in (100_000, 100_001)] == ["flat", "ivf-flat"]
+    assert [lists(IndexConfig(), n) for n in (30, 1_000, 100_000, 1_000_000)] == [
+        (1, 1), (25, 25), (2529, 255), (8000, 128)
+    ]  # fmt: skip
 
 
 def test_a_blocklist_is_read_at_query_time(tmp_path):
