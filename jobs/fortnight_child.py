@@ -42,7 +42,7 @@ def _fill_disk(step: str) -> None:
 def _turn_clock_back(days: str) -> None:
     """Give this project's modules and MLflow's another clock; Ray pickles functions of the ``time`` that it knows."""
     importlib.import_module("jobs.refresh")
-    importlib.import_module("mlflow")
+    importlib.import_module("mlflow.utils.time")
     seconds, now, now_ns = float(days) * 86_400, time.time, time.time_ns
     behind = {"time": lambda: now() - seconds, "time_ns": lambda: now_ns() - int(seconds * 1e9)}
     clock = SimpleNamespace(**(vars(time) | behind))
