@@ -43,11 +43,11 @@ def _turn_clock_back(days: str) -> None:
     """Give this project's modules and MLflow's another clock; Ray pickles functions of the ``time`` that it knows."""
     importlib.import_module("jobs.refresh")
     importlib.import_module("mlflow.utils.time")
-    seconds, now, now_ns = float(days) * 86_400, time.time, time.time_ns
-    behind = {"time": lambda: now() - seconds, "time_ns": lambda: now_ns() - int(seconds * 1e9)}
-    clock = SimpleNamespace(**(vars(time) | behind))
+    real, seconds = time, float(days) * 86_400  # this module gets the other clock too
+    behind = {"time": lambda: real.time() - seconds, "time_ns": lambda: real.time_ns() - int(seconds * 1e9)}
+    clock = SimpleNamespace(**(vars(real) | behind))
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in _ROOMS and getattr(module, "time", None) is time:
+        if name.split(".")[0] in _ROOMS and getattr(module, "time", None) is real:
             module.time = clock  # type: ignore[attr-defined]
 
 
