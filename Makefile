@@ -111,7 +111,7 @@ bench-retrieve: $(STAMP) ## exact and ANN search against FAISS flat and torch, 1
 bench-evaluate: $(STAMP) ## a whole evaluation against the bare score-and-top-k and RecBole's full sort (1.5 GB)
 	@$(HLLM) bench evaluate --config $(CONFIG) $(ARGS)
 
-bench-fortnight: $(STAMP) ## DATA=FOLDER: 14 nights of it with faults, resumable; half an hour with amazon2014-beauty
+bench-fortnight: $(STAMP) ## DATA=FOLDER: 14 nights of it with faults, resumable; an hour with amazon2014-beauty
 	@$(HLLM) bench fortnight --config fortnight.toml $(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench-rank: $(STAMP) ## what a candidate costs under late and early fusion, against a bare inner product
