@@ -21,8 +21,11 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 # of a list: its vectors float32 [n, D], and the row of each in the index, int64 [n]
 Lists = Callable[[int], tuple[FloatArray, IntArray]]
-QUERIES = 8192  # at a time; what the first lists hold is kept for so many, about 300 MiB
+QUERIES = 8192  # at a time, at most
 _FIRST, _WIDTH = 4, 8  # lists read before there is a floor; they should hold so many times k
+_GROWTH = 24  # each further lap reads so many times as many; more laps would keep fewer hits, and cost more products
+_HITS = 1 << 23  # kept of the first lists, about 300 MiB
+_CELLS = 1 << 25  # scores that are put side by side to find the best, 400 MiB with their rows
 _SHARED = 4  # queries a list from which one product is faster than reading the list for each
 
 
@@ -39,12 +42,12 @@ class _Best(NamedTuple):
 
     @property
     def floor(self) -> Tensor:
-        """[Q] what a vector must reach to come in."""
+        """[Q] what a vector must exceed to come in."""
         return self.scores[:, -1]
 
 
 class _Hits(NamedTuple):
-    """What of one list reaches the floors. pairs: [m], counts: [m] hits of each; then of every hit: its pair, its
+    """What of one list exceeds the floors. pairs: [m], counts: [m] hits of each; then of every hit: its pair, its
     place among the hits of that pair, score, and row in the index."""
 
     pairs: Tensor
@@ -60,7 +63,7 @@ def _meet(
 ) -> _Hits:
     """One list, its vectors and rows ``found``, and the m queries ``owners`` that read it."""
     scores_mn = queries_QD[owners] @ torch.from_numpy(found[0]).T
-    query, column = torch.nonzero(scores_mn >= floor_Q[owners][:, None], as_tuple=True)
+    query, column = torch.nonzero(scores_mn > floor_Q[owners][:, None], as_tuple=True)
     counts = torch.bincount(query, minlength=len(pairs))
     place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
     return _Hits(pairs, counts, pairs[query], place, scores_mn[query, column], torch.from_numpy(found[1])[column])
@@ -89,13 +92,33 @@ def _scan(queries_QD: Tensor, probes: IntArray, lists: Lists, best: _Best, pool:
     each_pair, each_count, pair, place, scores, rows = (torch.cat(part) for part in zip(*parts, strict=True))
     by_query = torch.zeros(count * width, dtype=torch.int64).index_copy(0, each_pair, each_count).view(count, width)
     starts = (by_query.cumsum(1) - by_query).flatten()
-    at = pair // width, starts[pair] + place
-    wide_scores = torch.full((count, int(by_query.sum(1).max())), -torch.inf)
+    owner, column = pair // width, starts[pair] + place
+    widest = int(by_query.sum(1).max())
+    step = max(1, _CELLS // max(1, widest))
+    merged = []
+    for start in range(0, count, step):
+        own = (owner >= start) & (owner < start + step) if step < count else slice(None)
+        part = _Best(best.scores[start : start + step], best.rows[start : start + step])
+        merged.append(_merge(part, owner[own] - start, column[own], scores[own], rows[own], widest))
+    return _Best(*(torch.cat(part) for part in zip(*merged, strict=True)))
+
+
+def _merge(best: _Best, owner: Tensor, column: Tensor, scores: Tensor, rows: Tensor, widest: int) -> _Best:
+    """best, and hits of these queries, each at its own column below ``widest``."""
+    wide_scores = torch.full((len(best.scores), widest), -torch.inf)
     wide_rows = torch.full(wide_scores.shape, -1)
-    wide_scores[at], wide_rows[at] = scores, rows
+    wide_scores[owner, column], wide_rows[owner, column] = scores, rows
     together = torch.cat([best.scores, wide_scores], dim=1)
     values, columns = together.topk(best.scores.shape[1], dim=1)
     return _Best(values, torch.cat([best.rows, wide_rows], dim=1).gather(1, columns))
+
+
+def _laps(first: int, width: int) -> list[slice]:
+    """Columns of the probes, a few first and then ever more."""
+    ends = [min(first, width)]
+    while ends[-1] < width:
+        ends.append(min(width, ends[-1] * (1 + _GROWTH)))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @contextmanager
@@ -115,21 +138,21 @@ def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) ->
 
     probes [Q, P]: the lists of each query, nearest first, -1 for none. Scores float32 and rows int64 [Q, k], best
     first, equal ones in any order; -inf and -1 where the lists hold fewer. The first lists give each query a floor;
-    of the others only what reaches it is kept.
+    of the others only what exceeds it is kept.
     """
     scores = np.empty((len(queries), k), dtype=np.float32)
     rows = np.empty((len(queries), k), dtype=np.int64)
     sizes = {number: len(lists(number)[1]) for number in np.unique(probes[:, :_FIRST]).tolist() if number >= 0}
     mean = sum(sizes.values()) / max(1, len(sizes))
     first = max(_FIRST, round(_WIDTH * k / max(1.0, mean)))
+    step = min(QUERIES, max(1, round(_HITS / max(1.0, first * mean))))
     with _workers() as (pool, jobs):
-        for start in range(0, len(queries), QUERIES):
-            part = probes[start : start + QUERIES]
-            queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + QUERIES], dtype=np.float32))
+        for start in range(0, len(queries), step):
+            part = probes[start : start + step]
+            queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + step], dtype=np.float32))
             shape = len(part), k
             best = _Best(torch.full(shape, -torch.inf), torch.full(shape, -1))
-            for lap in (part[:, :first], part[:, first:]):
-                if lap.shape[1]:
-                    best = _scan(queries_QD, np.ascontiguousarray(lap), lists, best, pool, jobs)
-            scores[start : start + QUERIES], rows[start : start + QUERIES] = best.scores.numpy(), best.rows.numpy()
+            for lap in _laps(first, part.shape[1]):
+                best = _scan(queries_QD, np.ascontiguousarray(part[:, lap]), lists, best, pool, jobs)
+            scores[start : start + step], rows[start : start + step] = best.scores.numpy(), best.rows.numpy()
     return scores, rows

@@ -28,6 +28,8 @@ def test_it_is_brute_force_over_the_probed_lists(seed, count, nlist, k, first):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ivf, "QUERIES", 3)
         patch.setattr(ivf, "_FIRST", first)
+        patch.setattr(ivf, "_CELLS", 8)
+        patch.setattr(ivf, "_GROWTH", 1)
         patch.setattr(ivf, "_WIDTH", 0)  # the floor is met after the first lists, however few they hold
         scores, rows = search_lists(queries, probes, k, lists_of(owner, vectors))
     for query, probed, got, places in zip(queries, probes, scores, rows, strict=True):
@@ -39,6 +41,20 @@ def test_it_is_brute_force_over_the_probed_lists(seed, count, nlist, k, first):
         assert len(set(known.tolist())) == len(known) == len(expected)
         assert set(known.tolist()) <= set(inside.tolist())
         assert (vectors[known] @ query).tolist() == got[: len(known)].tolist()
+
+
+def test_ties_are_not_kept_beyond_k(monkeypatch):
+    """All vectors equal: what could be kept of every list must not be."""
+    widths = []
+    merge = ivf._merge
+    monkeypatch.setattr(ivf, "_merge", lambda *args: (widths.append(args[-1]), merge(*args))[1])
+    vectors, owner = np.ones((4000, 2), np.float32), np.arange(4000) % 40
+    probes = np.tile(np.arange(40), (9, 1))
+    scores, rows = search_lists(vectors[:9], probes, 10, lists_of(owner, vectors))
+    assert (scores == 2).all()
+    assert all(len(set(row)) == 10 for row in rows.tolist())
+    assert widths[0] == 400
+    assert set(widths[1:]) <= {0}
 
 
 def test_many_queries_find_what_faiss_finds_one_by_one(tmp_path):
