@@ -66,7 +66,7 @@ def test_nothing_names_the_user_and_the_next_night_finds_its_own_release(served)
     assert removed["interactions"] == 12 + 13
     assert min(removed[place] for place in ("cutoffs", "ranks", "samples", "report_samples")) >= 1
     tower = before.record.user_tower
-    assert result["remains"] == {"item_towers": [], "user_towers": [tower]}
+    assert result["remains"] == {"item_towers": [], "user_towers": [tower], "rankers": []}
 
     after = champion(served)
     assert after.record.id == result["champion"] != before.record.id
