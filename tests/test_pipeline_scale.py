@@ -137,7 +137,7 @@ def test_hours_by_hand_and_none_without_a_rate():
 
 def test_the_work_of_an_ivf_grows_as_stated():
     config = IndexConfig(kind="ivf-flat")
-    nlist = int(4 * math.sqrt(100_000_000))
+    nlist = int(8 * math.sqrt(100_000_000))
     flops = scale.index_build_flops(config, 100_000_000, 384)
     assert flops == 2 * 384 * nlist * (100_000_000 + 10 * 256 * nlist)
     assert scale.index_build_flops(IndexConfig(kind="hnsw"), 1000, 8) == 0
