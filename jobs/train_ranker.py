@@ -11,15 +11,13 @@ import numpy as np
 import torch
 
 from item_tower.encoder import default_device
-from jobs.context import Context, inputs_hash
-from jobs.train_user import Features, find_parent, open_features
+from jobs.context import Context, checkpoint_folder, inputs_hash
+from jobs.train_user import Features, find_parent, make_tower, open_features, trained_facts, write_seen
 from pipeline.click_metrics import auc, log_losses
 from pipeline.clicks import Clicks, RankingConfig, asked_examples, event_kinds, training_examples
-from pipeline.cutoff import write_cutoff
 from pipeline.dataset import read_labels
 from pipeline.files import next_created_at, record_id, write_record
 from pipeline.ranking import asked_with_negatives, epoch_examples
-from pipeline.splits import training_label, training_part
 from schemas.errors import DataError
 from schemas.records import Ranker as RankerRecord
 from user_tower.candidates import CandidateBatch, Examples, candidate_batches
@@ -40,12 +38,8 @@ def open_clicks(context: Context, rows: IntArray, config: RankingConfig) -> Clic
 
 def make_ranker(context: Context, features: Features, training: Examples, parent: UserTower | None) -> Ranker:
     """An untrained ranker, its tower that of ``parent`` where there is one. Raises ConfigError."""
-    config, vocabulary = context.config, None
-    if config.user_tower.features != "text":
-        met = np.union1d(training.histories.items, training.items)
-        vocabulary = [features.item_ids[row] for row in met.tolist()]
-    item_dim = None if features.vectors is None else features.vectors.shape[1]
-    tower = UserTower(config.user_tower, item_dim, vocabulary)
+    config = context.config
+    tower = make_tower(context, features, np.union1d(training.histories.items, training.items), parent)
     ranker = Ranker(tower, config.ranker.fusion, config.ranker.factors).to(default_device())
     if parent is not None:
         tower.start_from(parent)
@@ -81,7 +75,7 @@ def _train(
     candidates = torch.from_numpy(np.flatnonzero(features.available)).to(catalog.groups.device)
     counts = torch.from_numpy(target_counts(training.histories, catalog.size)).to(candidates.device)
     sampler = NegativeSampler(candidates, counts, config.train.negatives, config.train.sampling)
-    step = RankingStep(ranker, catalog, sampler, settings.next_item_weight)
+    step = RankingStep(ranker, catalog, sampler, settings.next_item_weight, config.train)
 
     def batches(epoch: int) -> Iterable[CandidateBatch]:
         seed = [config.train.seed, epoch]
@@ -116,7 +110,13 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     earlier = store.all(RankerRecord, name=config.name)
     if earlier and earlier[-1].inputs == inputs:
         return _report(earlier[-1], reused=True)
-    checkpoints = store.root / "checkpoints" / inputs
+    with checkpoint_folder(store, inputs) as checkpoints:
+        return _make(context, features, inputs, checkpoints)
+
+
+def _make(context: Context, features: Features, inputs: str, checkpoints: Path) -> dict[str, Any]:
+    config, store, digest = context.config, context.store, context.dataset.record.digest
+    earlier = store.all(RankerRecord, name=config.name)
     parent = find_parent(context, features)
     start = parent.tower if parent else None
     if not is_main_process():
@@ -125,35 +125,24 @@ def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     sections = context.settings("name", "ranker", "user_tower", "train", "data", "evaluate", "item_tower")
     with context.tracker.run("train-ranker", config.name, sections, {"dataset": digest, "inputs": inputs}) as run:
         ranker, result = _train(context, features, start, checkpoints)
-        for point in result.curve:
-            run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
+        run.curve(result.curve)
         run.metrics({"examples_per_second": result.positions_per_second}, result.steps)
         made = ranker.fingerprint()
         created_at = next_created_at(earlier)
         record = RankerRecord(
             id=record_id(created_at, made),
             created_at=created_at,
-            name=config.name,
             fusion=config.ranker.fusion,
-            features=config.user_tower.features,
             inputs=inputs,
-            item_fingerprint=features.snapshot.fingerprint if features.snapshot else None,
-            snapshot=features.snapshot.id if features.snapshot else None,
-            dataset=digest,
-            parent=parent.label if parent else None,
-            split=training_label(context.dataset.histories, config.evaluate),
-            cutoff="unknown" if parent and parent.folder is None else "recorded",
             fingerprint=made,
             config=config.ranker.model_dump(mode="json"),
             run_id=run.run_id,
-            steps=result.steps,
             examples_per_second=round(result.positions_per_second, 1),
-            valid=result.best,
+            **trained_facts(context, features, parent, result),
         )
         with store.new(RankerRecord, record.id) as folder:
             ranker.save(folder)
-            training = training_part(context.dataset.histories, config.evaluate).map_items(features.rows)
-            write_cutoff(folder, training, features.item_ids, parent.folder if parent else None)
+            write_seen(folder, context, features, parent)
             write_record(folder, record)
         tags = {"ranker": record.id, "ranker_fingerprint": made, "snapshot": str(record.snapshot)}
         run.tags({**tags, "fingerprint": str(record.item_fingerprint), "code": context.code})

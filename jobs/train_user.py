@@ -26,7 +26,7 @@ from schemas.records import ItemTower, Snapshot, UserTower
 from user_tower.model import UserTower as UserTowerModel
 from user_tower.model import UserTowerConfig
 from user_tower.negatives import NegativeSampler
-from user_tower.sequences import Batch, target_counts, training_batches
+from user_tower.sequences import Batch, IntArray, target_counts, training_batches
 from user_tower.steps import UserStep
 from user_tower.train import FitResult, fit, is_main_process
 
@@ -118,6 +118,38 @@ def find_parent(context: Context, features: Features) -> Parent | None:
     return None
 
 
+def make_tower(context: Context, features: Features, met: IntArray, parent: UserTowerModel | None) -> UserTowerModel:
+    """An untrained user tower as configured, of the architecture of ``parent``; met: catalog rows of its vocabulary,
+    where it has one. Raises ConfigError."""
+    config = context.config.user_tower
+    vocabulary = None if config.features == "text" else [features.item_ids[row] for row in met.tolist()]
+    item_dim = None if features.vectors is None else features.vectors.shape[1]
+    return UserTowerModel(config, item_dim, vocabulary, None if parent is None else parent.architecture())
+
+
+def trained_facts(context: Context, features: Features, parent: Parent | None, result: FitResult) -> dict[str, Any]:
+    """What the records of a user tower and of a ranker say alike."""
+    config, snapshot = context.config, features.snapshot
+    return {
+        "name": config.name,
+        "features": config.user_tower.features,
+        "item_fingerprint": snapshot.fingerprint if snapshot else None,
+        "snapshot": snapshot.id if snapshot else None,
+        "dataset": context.dataset.record.digest,
+        "parent": parent.label if parent else None,
+        "split": training_label(context.dataset.histories, config.evaluate),
+        "cutoff": "unknown" if parent and parent.folder is None else "recorded",
+        "steps": result.steps,
+        "valid": result.best,
+    }
+
+
+def write_seen(folder: Path, context: Context, features: Features, parent: Parent | None) -> None:
+    """The table of what a training on these features saw, beside its weights."""
+    training = training_part(context.dataset.histories, context.config.evaluate).map_items(features.rows)
+    write_cutoff(folder, training, features.item_ids, parent.folder if parent else None)
+
+
 def _train(
     context: Context, features: Features, parent: UserTowerModel | None, checkpoints: Path
 ) -> tuple[UserTowerModel, FitResult]:
@@ -125,12 +157,7 @@ def _train(
     training = training_part(histories, config.evaluate).map_items(features.rows)
     validation = queries(histories, "valid", config.evaluate).map_items(features.rows)
     torch.manual_seed(config.train.seed)
-    vocabulary = None
-    if config.user_tower.features != "text":
-        vocabulary = [features.item_ids[row] for row in np.unique(training.items)]
-    item_dim = None if features.vectors is None else features.vectors.shape[1]
-    architecture = None if parent is None else parent.architecture()
-    tower = UserTowerModel(config.user_tower, item_dim, vocabulary, architecture).to(default_device())
+    tower = make_tower(context, features, np.unique(training.items), parent).to(default_device())
     if parent is not None:
         tower.start_from(parent)
     if config.train.lora:
@@ -194,34 +221,23 @@ def _make(context: Context, features: Features, inputs: str, checkpoints: Path) 
     sections = context.settings("name", "user_tower", "train", "data", "evaluate", "item_tower")
     with context.tracker.run("train-user", config.name, sections, {"dataset": digest, "inputs": inputs}) as run:
         tower, result = _train(context, features, start, checkpoints)
-        for point in result.curve:
-            run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
+        run.curve(result.curve)
         run.metrics({"positions_per_second": result.positions_per_second}, result.steps)
         made = tower.fingerprint()
         created_at = next_created_at(earlier)
         record = UserTower(
             id=record_id(created_at, made),
             created_at=created_at,
-            name=config.name,
-            features=config.user_tower.features,
             inputs=inputs,
-            item_fingerprint=features.snapshot.fingerprint if features.snapshot else None,
-            snapshot=features.snapshot.id if features.snapshot else None,
-            dataset=digest,
-            parent=parent.label if parent else None,
-            split=training_label(context.dataset.histories, config.evaluate),
-            cutoff="unknown" if parent and parent.folder is None else "recorded",
             fingerprint=made,
             config=config.user_tower.model_dump(mode="json"),
             run_id=run.run_id,
-            steps=result.steps,
             positions_per_second=round(result.positions_per_second, 1),
-            valid=result.best,
+            **trained_facts(context, features, parent, result),
         )
         with store.new(UserTower, record.id) as folder:
             tower.save(folder)
-            training = training_part(context.dataset.histories, config.evaluate).map_items(features.rows)
-            write_cutoff(folder, training, features.item_ids, parent.folder if parent else None)
+            write_seen(folder, context, features, parent)
             write_record(folder, record)
         tags = {"user_tower": record.id, "user_fingerprint": made, "snapshot": str(record.snapshot)}
         run.tags({**tags, "fingerprint": str(record.item_fingerprint), "code": context.code})

@@ -169,8 +169,7 @@ def _make(context: Context, encoder: ItemEncoder, inputs: str, checkpoints: Path
     sections = context.settings("encoder", "template", "tune", "data", "evaluate")
     with context.tracker.run("tune-items", NAME, sections, tags) as run:
         step, result = _tune(context, encoder, corpus, checkpoints)
-        for point in result.curve:
-            run.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
+        run.curve(result.curve)
         made = fingerprint(step.encoder, config.embed.output_dtype)
         created_at = next_created_at(earlier)
         record = ItemTower(

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,11 @@ class Run:
         now = time.time_ns() // 1_000_000
         logged = [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()]
         self._client.log_batch(self.run_id, metrics=logged)
+
+    def curve(self, points: Iterable[dict[str, float]]) -> None:
+        """Log the figures of each point of a training at its ``step``."""
+        for point in points:
+            self.metrics({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
 
     def tags(self, values: dict[str, str]) -> None:
         """Set tags."""
@@ -214,8 +219,7 @@ class Tracker:
 
     def read_json(self, run_id: str, name: str) -> Any:
         """A JSON artifact of a run."""
-        with tempfile.TemporaryDirectory() as folder:
-            return json.loads(Path(self._client.download_artifacts(run_id, name, folder)).read_text())
+        return json.loads(self.read_bytes(run_id, name))
 
     def read_table(self, run_id: str, name: str) -> pa.Table:
         """A Parquet artifact of a run."""

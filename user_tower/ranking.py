@@ -28,7 +28,8 @@ from user_tower.candidates import CandidateBatch, Examples, candidate_batches
 from user_tower.model import Catalog, UserTower
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Batch
-from user_tower.steps import query_loss
+from user_tower.steps import query_loss, use_settings
+from user_tower.train import TrainConfig
 
 Fusion = Literal["late", "early"]
 
@@ -152,8 +153,17 @@ class Ranker(nn.Module):
 class RankingStep(nn.Module):
     """Contexts with labelled candidates to the loss; a ``step`` of ``user_tower.train.fit``."""
 
-    def __init__(self, ranker: Ranker, catalog: Catalog, sampler: NegativeSampler, next_item_weight: float) -> None:
+    def __init__(
+        self,
+        ranker: Ranker,
+        catalog: Catalog,
+        sampler: NegativeSampler,
+        next_item_weight: float,
+        config: TrainConfig | None = None,
+    ) -> None:
         super().__init__()
+        if config is not None:
+            use_settings(ranker.tower, config)
         self.ranker = ranker
         self.open_catalog = catalog
         self.sampler = sampler
