@@ -20,6 +20,7 @@ from item_tower.decoders.flops import card_name, model_flops
 from item_tower.embed import EmbedConfig, embed_texts
 from item_tower.encoder import ItemEncoder, default_device, resolve_model
 from item_tower.prompt import render
+from jobs.bench_clock import fastest
 from jobs.bench_nights import run_nights
 from jobs.config import load_config
 from jobs.context import Context
@@ -27,17 +28,6 @@ from schemas.errors import ConfigError
 
 SAMPLE, ROUNDS = 4_096, 3
 BATCH_SIZES = (32, 64, 128, 256)
-
-
-def _best(work: Callable[[], object], rounds: int = 20) -> float:
-    """Seconds of the fastest of some calls."""
-    work()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 @torch.inference_mode()
@@ -55,7 +45,7 @@ def roofline(encoder: ItemEncoder, tokens: int) -> float:
         if can_pack(encoder.device, dtype):
             packed = PackedLinear(layer, dtype)
             kernels.append(lambda packed=packed, x=x: packed(x))
-        best[shape] = min(_best(kernel) for kernel in kernels)
+        best[shape] = min(fastest(kernel, rounds=20) for kernel in kernels)
     seconds = sum(best[shape] for shape in shapes)
     return sum(2 * tokens * a * b for a, b in shapes) / seconds
 
@@ -109,7 +99,7 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     def by_peer(batch: int) -> Callable[[], object]:
         return lambda: other.encode(texts, batch_size=batch, show_progress_bar=False, convert_to_tensor=True)
 
-    batch = min(BATCH_SIZES, key=lambda size: _best(by_peer(size), 1))
+    batch = min(BATCH_SIZES, key=lambda size: fastest(by_peer(size), 1))
     rates = _rates(
         {
             "encoder": lambda: embed_texts(encoder, texts, embed),

@@ -9,8 +9,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.bench_peers import RECBOLE, peer_python
+from jobs.bench_clock import clocked
+from jobs.bench_peers import PEERS, peer_python
 from jobs.config import Config, load_config, local_store
 from jobs.evaluate import LIST, figures
 from pipeline.evaluate import Pool, rank_users
@@ -67,25 +66,12 @@ def _bare(queries: torch.Tensor, candidates: torch.Tensor, chunk: int) -> None:
         (queries[start : start + chunk] @ candidates.T).topk(min(BARE_TOP, len(candidates)), dim=1)
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    found = work()
-    return time.perf_counter() - started, found
-
-
-def _clocks(work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Seconds, CPU seconds of all threads, result: where other work shares the machine, only the second compares."""
-    busy = time.process_time()
-    seconds, found = _timed(work)
-    return seconds, time.process_time() - busy, found
-
-
 def _gflops(candidates: torch.Tensor) -> float:
     """The best measured rate of the product by itself, GFLOP/s, over some block shapes."""
     best = 0.0
     for rows in (128, 512, 2_048):
         left, right = torch.randn(rows, DIM), candidates[:16_384].T.contiguous()
-        seconds = min(_timed(partial(torch.mm, left, right))[0] for _ in range(5))
+        seconds = min(clocked(partial(torch.mm, left, right)).seconds for _ in range(5))
         best = max(best, 2 * rows * right.numel() / seconds / 1e9)
     return best
 
@@ -135,12 +121,12 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
         members = target_slices(asked, counts)
         return figures(settings.evaluate, asked, ranks, len(candidates), members).metrics
 
-    own, own_cpu, metrics = _clocks(whole)
+    own, own_cpu, metrics = clocked(whole)
     peak = _peak_mib() - before  # before the bare pass, which holds whole rows of scores
     small = queries[:_TRIED]
     _bare(small, candidates, 512)  # once unmeasured: the first product starts the threads
-    chunk = min(_BARE_CHUNKS, key=lambda size: _timed(lambda: _bare(small, candidates, size))[0])
-    bare, bare_cpu, _ = _clocks(lambda: _bare(queries, candidates, chunk))
+    chunk = min(_BARE_CHUNKS, key=lambda size: clocked(lambda: _bare(small, candidates, size)).seconds)
+    bare, bare_cpu, _ = clocked(lambda: _bare(queries, candidates, chunk))
     flops = 2 * len(queries) * candidates.numel()
     rate = _gflops(candidates)
     floor = flops / rate / 1e9
@@ -167,7 +153,7 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
         "floor_over_evaluate": round(floor / own, 3),
     }
     if settings.bench.recbole:
-        python = peer_python("recbole", RECBOLE, local_store(settings))
+        python = peer_python("recbole", PEERS["recbole"], local_store(settings))
         rows.append(_recbole(python, queries, candidates, asked))
         ratio["over_recbole"] = round(own / rows[-1]["seconds"], 3)
         ratio["cpu_over_recbole"] = round(own_cpu / rows[-1]["cpu_seconds"], 3)

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from item_tower.decoders.layers import compile_model
 from item_tower.embed import EmbedConfig, embed_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
 from item_tower.prompt import TemplateConfig
-from pipeline.joint import JointConfig, JointStep
+from jobs.bench_clock import fastest
+from pipeline.joint import JointConfig, JointStep, distinct_texts
 from schemas.errors import ConfigError
 from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import NegativeSampler
@@ -49,30 +49,13 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 BATCH_SIZES = (32, 128, 512)
-
-
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _seconds(work: Callable[[], object], device: torch.device, rounds: int = 3) -> float:
-    """Of the fastest call, after one that is not counted."""
-    work()
-    times = []
-    for _ in range(rounds):
-        _sync(device)
-        started = time.perf_counter()
-        work()
-        _sync(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
+ROUNDS = 3
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of one product [size, size] x [size, size], at its best."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device, rounds=10)
+    return 2 * size**3 / fastest(lambda: a @ b, 10, device)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -127,7 +110,7 @@ def _train_row(
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = _seconds(once, device)
+    seconds = fastest(once, ROUNDS, device)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     rates = {f"{key}_per_second": round(value / seconds, 1) for key, value in amount.items()}
     return {
@@ -154,7 +137,7 @@ def embed_rows(
         if compile_too:
             compile_model(encoder.model)
         config = EmbedConfig(token_budget=budget, output_dtype="float32")
-        seconds = _seconds(lambda config=config: embed_texts(encoder, texts, config), encoder.device)  # type: ignore[misc]
+        seconds = fastest(lambda config=config: embed_texts(encoder, texts, config), ROUNDS, encoder.device)  # type: ignore[misc]
         name = f"embed {packing}{', compiled' if compile_too else ''}"
         rows.append(
             {"name": name, "tokens_per_second": round(tokens / seconds), "mfu": round(flops / seconds / peak, 3)}
@@ -181,7 +164,7 @@ def peer_row(encoder: ItemEncoder, texts: list[str], lengths: NDArray[np.int64])
     def encode(size: int) -> Callable[[], object]:
         return lambda: peer.encode(texts, batch_size=size, show_progress_bar=False, convert_to_tensor=True)
 
-    best = min(_seconds(encode(size), encoder.device, rounds=1) for size in BATCH_SIZES)
+    best = min(fastest(encode(size), 1, encoder.device) for size in BATCH_SIZES)
     return {"name": "sentence-transformers, best", "tokens_per_second": round(lengths.sum() / best)}
 
 
@@ -193,7 +176,7 @@ def stage_one_row(encoder: ItemEncoder, texts: list[str], windows: int, peak: fl
     config = JointConfig(user_tower=shape, token_budget=budget, graph_tokens=budget, collapse_floor=0.0)
     tower = UserTower(shape, encoder.dim, None).to(encoder.device)
     step = JointStep(encoder, tower, ids, torch.arange(len(ids)), config).to(encoder.device)
-    needed = np.unique(np.concatenate([batch.items[batch.targets >= 0], batch.targets[batch.targets >= 0]]))
+    needed, _, _ = distinct_texts(batch, step.groups, config.train.negatives, 0)
     lengths = np.array([len(ids[row]) + 1 for row in needed])
     flops = model_flops(encoder.model, lengths, causal=True)
     return _train_row("stage I", step, step.parameter_groups(), batch, flops, {"tokens": float(lengths.sum())}, peak)

@@ -10,10 +10,13 @@ from pathlib import Path
 from schemas.errors import ConfigError
 from schemas.hashing import Digest
 
-# RecBole 1.2.1 uses what later NumPy, pandas, SciPy and setuptools took out
-RECBOLE = (
-    "torch==2.13.0", "recbole==1.2.1", "numpy==1.26.4", "pandas==2.1.4", "scipy==1.12.0", "setuptools<81",
-)  # fmt: skip
+PEERS = {
+    "rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "pytorch-lightning==2.5.2"),
+    # RecBole 1.2.1 uses what later NumPy, pandas, SciPy and setuptools took out
+    "recbole": (
+        "torch==2.13.0", "recbole==1.2.1", "numpy==1.26.4", "pandas==2.1.4", "scipy==1.12.0", "setuptools<81",
+    ),
+}  # fmt: skip
 
 
 def peer_python(name: str, pins: tuple[str, ...], store: Path) -> Path:

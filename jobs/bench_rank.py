@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from item_tower.encoder import default_device
+from jobs.bench_clock import fastest
 from jobs.config import Config, load_config
 from user_tower.candidates import Examples
 from user_tower.model import UserTower
@@ -20,7 +20,7 @@ from user_tower.sequences import Histories
 
 DIM = 384  # of the made-up item vectors
 FEW = 200  # candidates of early fusion; late fusion is asked about bench.vectors
-REPEATS = 5
+REPEATS = 5  # the scores end on the CPU, so a GPU is waited for
 
 
 def _ask(items: int, events: int, count: int) -> Examples:
@@ -29,17 +29,6 @@ def _ask(items: int, events: int, count: int) -> Examples:
     history = Histories([""], np.array([0, events]), rng.integers(0, items, events))
     nobody = np.zeros(count, dtype=np.int64)
     return Examples(history, nobody, nobody + events, np.arange(count), nobody)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    """The best of some times, after one that is not measured. The scores end on the CPU, so a GPU is waited for."""
-    work()
-    found = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return min(found)
 
 
 def _flops(work: Callable[[], Any]) -> int:
@@ -57,7 +46,7 @@ def _row(settings: Config, vectors: np.ndarray, fusion: Fusion, few: int, many: 
     scorer = CandidateScorer(ranker, ranker.tower.catalog(ids, vectors, np.arange(len(ids))))
     asked = [_ask(len(ids), ranker.context_length, count) for count in (few, many)]
     works = [lambda own=own: scorer.score(own, 1, FEW) for own in asked]
-    (first, second), flops = [_seconds(work) for work in works], [_flops(work) for work in works]
+    (first, second), flops = [fastest(work, REPEATS) for work in works], [_flops(work) for work in works]
     return {
         "name": f"{fusion} fusion",
         "candidates": many,
@@ -74,7 +63,7 @@ def _bare(settings: Config, many: int) -> dict[str, Any]:
     device = default_device()
     items, user = torch.randn(many, width, device=device), torch.randn(1, width, device=device)
     rows = torch.arange(many)
-    seconds = _seconds(lambda: (user @ items[rows.to(device)].T)[0].double().cpu().numpy())
+    seconds = fastest(lambda: (user @ items[rows.to(device)].T)[0].double().cpu().numpy(), REPEATS)
     each = round(seconds / many * 1e6, 4)
     row = {"name": "bare inner product", "candidates": many, "milliseconds": round(seconds * 1e3, 3)}
     return row | {"microseconds_per_candidate": each, "flops_per_candidate": 2.0 * width}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from jobs.bench_clock import Clocked, clocked
 from jobs.bench_vectors import Searched, searched
 from jobs.config import load_config
 from pipeline.ann import (
@@ -35,7 +35,7 @@ IntArray = NDArray[np.int64]
 class _Flat(NamedTuple):
     """The search that all others are set against. rows: [Q, k], exact."""
 
-    took: dict[str, float]
+    took: Clocked
     rows: IntArray
 
 
@@ -45,19 +45,13 @@ def _torch_top(queries: NDArray[np.float32], vectors: NDArray[np.float32], dtype
         (torch.from_numpy(queries[start : start + _BLOCK]).to(dtype) @ items_DN).topk(min(K, len(vectors)), dim=1)
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    found = work()
-    return time.perf_counter() - started, found
-
-
 def _gflops(vectors: NDArray[np.float32]) -> float:
     """The best measured rate of the product by itself, GFLOP/s, over some block shapes."""
     best, items = 0.0, torch.from_numpy(vectors[:65_536]).T
     for queries in (_BLOCK, 1_024, 4_096):
         for count in (4_096, 16_384, items.shape[1]):
             left, right = torch.randn(queries, items.shape[0]), items[:, :count]
-            seconds = min(_timed(partial(torch.mm, left, right))[0] for _ in range(3))
+            seconds = min(clocked(partial(torch.mm, left, right)).seconds for _ in range(3))
             best = max(best, 2 * queries * right.numel() / seconds / 1e9)
     return best
 
@@ -72,7 +66,7 @@ def _exact_rows(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> l
         "torch bfloat16": lambda: _torch_top(queries, vectors, torch.bfloat16),
     }
     flops = 2 * len(queries) * vectors.size
-    took = {name: _timed(work)[0] for name, work in works.items()}
+    took = {name: clocked(work).seconds for name, work in works.items()}
     # FAISS multiplies too: where its whole search was faster than the best product measured here, it is the floor
     floor = min(flops / _gflops(vectors) / 1e9, *(took[name] for name in ("faiss flat", "torch float32")))
     rows = []
@@ -82,40 +76,34 @@ def _exact_rows(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> l
     return rows
 
 
-def _seconds(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """By the clock, and of all threads: where other work shares the machine, only the second compares."""
-    busy = time.process_time()
-    seconds, found = _timed(work)
-    return {"seconds": seconds, "cpu_seconds": time.process_time() - busy}, found
-
-
 def _flat(inputs: Searched) -> _Flat:
     index = faiss_flat(inputs.vectors)
     index.search(inputs.queries[:_BLOCK], 1)  # once unmeasured: the first product starts the threads
-    took, (_, rows) = _seconds(lambda: index.search(inputs.queries, min(ANN_K, len(inputs.vectors))))
-    return _Flat(took, rows)
+    took = clocked(lambda: index.search(inputs.queries, min(ANN_K, len(inputs.vectors))))
+    return _Flat(took, took.found[1])
 
 
-def _figures(took: dict[str, float], found: IntArray, flat: _Flat) -> dict[str, float]:
+def _figures(took: Clocked, flat: _Flat) -> dict[str, float]:
     """Of one search of all queries, beside flat's."""
+    found = took.found[1]
     return {
-        "ms_per_query": round(1000 * took["seconds"] / len(found), 4),
+        "ms_per_query": round(1000 * took.seconds / len(found), 4),
         "intersection": round(intersection(found, flat.rows), 4),
-        "speed_over_flat": round(flat.took["seconds"] / took["seconds"], 2),
-        "cpu_speed_over_flat": round(flat.took["cpu_seconds"] / took["cpu_seconds"], 2),
+        "speed_over_flat": round(flat.took.seconds / took.seconds, 2),
+        "cpu_speed_over_flat": round(flat.took.cpu_seconds / took.cpu_seconds, 2),
     }
 
 
 def _ann_row(kind: Kind, config: IndexConfig, inputs: Searched, flat: _Flat) -> dict[str, Any]:
     """One kind at its default, and what more or less effort gives."""
     chosen = config.model_copy(update={"kind": kind})
-    build, index = _timed(lambda: make(chosen, inputs.vectors))
+    build, _, index = clocked(lambda: make(chosen, inputs.vectors))
     searcher, k = Searcher(index, chosen, kind), flat.rows.shape[1]
     searcher.search(inputs.queries[:_BLOCK], k)  # once unmeasured
 
     def at(effort: float) -> dict[str, Any]:
-        took, (_, found) = _seconds(lambda: searcher.search(inputs.queries, k, effort))
-        return {"setting": searcher.setting(effort, k), **_figures(took, found, flat)}
+        took = clocked(lambda: searcher.search(inputs.queries, k, effort))
+        return {"setting": searcher.setting(effort, k), **_figures(took, flat)}
 
     row = {"name": kind, "k": k, "build_seconds": round(build, 2), **at(1), "bytes": serialized_bytes(index)}
     row["trade_off"] = [at(effort) for effort in EFFORTS]
@@ -135,7 +123,7 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     threads = set_threads(torch.get_num_threads())
     rows = _exact_rows(queries, vectors) if settings.bench.exact else []
     flat = _flat(inputs)
-    print({"name": "flat", **_figures(flat.took, flat.rows, flat)}, file=sys.stderr, flush=True)
+    print({"name": "flat", **_figures(flat.took, flat)}, file=sys.stderr, flush=True)
     kinds: list[Kind] = ["ivf-flat", "hnsw"]
     if len(vectors) >= PQ_TRAIN:
         kinds.append("ivf-pq")

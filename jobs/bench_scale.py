@@ -25,7 +25,7 @@ from pipeline import scale
 from pipeline.ann import IndexConfig, make
 from pipeline.cache import plan_embedding
 from pipeline.catalog import scan_catalog
-from pipeline.joint import JointStep
+from pipeline.joint import JointStep, distinct_texts
 from pipeline.matrix import build_matrix
 from pipeline.store import Store
 from user_tower.model import UserTower
@@ -72,7 +72,7 @@ def _item_rates(config: Config, sizes: scale.Sizes) -> dict[str, float]:
     never = config.tune.model_copy(update={"collapse_floor": 0.0})  # made-up texts may well be alike
     step = JointStep(encoder, tower, ids, torch.arange(_TEXTS), never).to(encoder.device).train()
     batch = _first_batch(histories, config.tune.user_tower.history, 16)
-    needed = np.unique(np.concatenate([batch.items[batch.targets >= 0], batch.targets[batch.targets >= 0]]))
+    needed, _, _ = distinct_texts(batch, step.groups, never.train.negatives, 0)
     found = {"tune_tokens": _rate(lambda: step(batch, batch, 0).backward(), float(lengths[needed].sum()))}
     encoder.packing = config.embed.packing
     speed_up(encoder)

@@ -24,6 +24,7 @@ from torch import nn
 
 from item_tower.encoder import default_device, fast_bfloat16, tokenise_texts
 from jobs import prepare_data
+from jobs.bench_peers import PEERS, peer_python
 from jobs.bench_stage1 import memory_rows, stage1_rows
 from jobs.bench_train_peer import HISTORY, LAYERS, WIDTH, Measure, Stopwatch
 from jobs.config import Config, data_sets, load_config, local_store
@@ -32,7 +33,6 @@ from jobs.tune_items import open_corpus
 from pipeline.dataset import OpenDataset
 from pipeline.splits import training_part
 from schemas.errors import ConfigError
-from schemas.hashing import Digest
 from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import NegativeSampler
 from user_tower.sequences import Batch, Histories, training_batches
@@ -42,35 +42,10 @@ from user_tower.train import TrainConfig, fit
 GRID_SECONDS, ROUND_SECONDS, ROUNDS = 5.0, 15.0, 3
 # of which each takes its best; a step of the first two is so many histories, one of RecBole's so many positions
 BATCHES = {"ours": (64, 128, 256, 512), "rectools": (32, 64, 128, 256), "recbole": (512, 1_024, 2_048, 4_096)}
-# RecBole 1.2.1 uses what later NumPy, pandas, SciPy and setuptools took out
-PINS = {
-    "rectools": ("torch==2.13.0", "rectools[torch]==0.19.0", "pytorch-lightning==2.5.2"),
-    "recbole": (
-        "torch==2.13.0", "recbole==1.2.1", "numpy==1.26.4", "pandas==2.1.4", "scipy==1.12.0", "setuptools<81",
-    ),
-}  # fmt: skip
 
 
 def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def peer_python(name: str, store: Path) -> Path:
-    """The interpreter of a peer's environment, made once a set of pins under the store. Raises ConfigError."""
-    folder = store / "peers" / f"{name}-{Digest().add(json.dumps(PINS[name])).hexdigest()[:12]}"
-    python, done = folder / "bin" / "python", folder / "installed"
-    if done.exists():
-        return python
-    _say(f"installing {', '.join(PINS[name])} into {folder}; some minutes, about 1.5 GB")
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS[name]],
-    ):
-        made = subprocess.run(command, stdout=sys.stderr, check=False)
-        if made.returncode:
-            raise ConfigError(f"bench train: {' '.join(command)} ended with {made.returncode}; see above")
-    done.touch()
-    return python
 
 
 @contextmanager
@@ -207,8 +182,8 @@ def _training_rows(dataset: OpenDataset, training: Histories, store: Path) -> tu
     _say(f"floor: {before / flops:.0f} positions/s, the products alone at {before / 1e9:.0f} GFLOP/s")
     with ExitStack() as stack:
         works = {"ours": ours(training, dataset.item_ids)}
-        for name in PINS:
-            python = peer_python(name, store.resolve())
+        for name, pins in PEERS.items():
+            python = peer_python(name, pins, store)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"bench-{name}-")))
             write_events(folder, dataset.histories, training)
             works[name] = stack.enter_context(_peer(name, python, folder))
@@ -220,7 +195,7 @@ def _training_rows(dataset: OpenDataset, training: Histories, store: Path) -> tu
         "gflops": round(best / 1e9, 1),
         "mflop_per_position": round(flops / 1e6, 2),
     }
-    ratio = {f"over_{name}": rates["ours"] / rates[name] for name in PINS}
+    ratio = {f"over_{name}": rates["ours"] / rates[name] for name in PEERS}
     return [floor, *rows], {**ratio, "training_over_floor": rates["ours"] / (best / flops)}
 
 

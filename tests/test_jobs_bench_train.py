@@ -134,7 +134,7 @@ def test_bench_train_prints_its_rows_and_ratios(workspace, monkeypatch):
         yield measure
 
     monkeypatch.setattr(bench_train, "_peer", peer)
-    monkeypatch.setattr(bench_train, "peer_python", lambda name, store: store / name)
+    monkeypatch.setattr(bench_train, "peer_python", lambda name, pins, store: store / name)
     monkeypatch.setattr(bench_train, "memory_rows", lambda root: [])
     monkeypatch.setattr(bench_train, "BATCHES", {"ours": (8,), "rectools": (10, 20), "recbole": (40,)})
     for name in ("GRID_SECONDS", "ROUND_SECONDS"):

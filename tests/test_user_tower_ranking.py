@@ -195,6 +195,16 @@ def test_the_next_item_loss_is_that_of_the_tower_alone(fusion):
     assert losses[3] == pytest.approx(clicks + 3 * alone, rel=1e-5)
 
 
+def test_a_training_decides_how_the_tower_computes_and_no_figure():
+    ranker, catalog = make_ranker("early")
+    sampler = NegativeSampler(torch.arange(ITEMS), torch.ones(ITEMS), 0, "uniform")
+    (batch,) = candidate_batches(make_examples(), ranker.context_length, 60, 60)
+    kept = RankingStep(ranker, catalog, sampler, 1.0)(batch, batch, 0)
+    again = RankingStep(ranker, catalog, sampler, 1.0, TrainConfig(gradient_checkpointing=True))
+    assert ranker.tower.backbone.checkpointing
+    assert torch.equal(again(batch, batch, 0), kept)
+
+
 @pytest.mark.parametrize("world", [2, 3, 40])
 def test_the_loss_of_all_processes_is_that_of_one(world):
     ranker, catalog = make_ranker("late")
