@@ -189,7 +189,6 @@ class ItemEncoder(nn.Module):
             self.projection.weight.data.copy_(weight * hidden**-0.5)
         self.dim: int = config.projection_dim or hidden
         self.packing: Packing = "auto"  # how texts share a forward pass; decides no vector, so no part of the config
-        self._takes_packed: bool | None = None  # not tried yet
 
     @classmethod
     def from_config(cls, config: EncoderConfig, template: TemplateConfig) -> ItemEncoder:
@@ -248,12 +247,11 @@ class ItemEncoder(nn.Module):
         """Whether texts go through the model without padding. Raises ConfigError where they must and cannot."""
         if self.item_token is None or not wants_packing(self.packing, self.device):
             return False
-        if self._takes_packed is None:
-            self._takes_packed = allow_packing(self.model)
-        if self.packing == "packed" and not self._takes_packed:
+        allowed = allow_packing(self.model)
+        if self.packing == "packed" and not allowed:
             kind = self.model.config.model_type
             raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
-        return self._takes_packed
+        return allowed
 
     def tokenise(self, texts: Sequence[str]) -> TokenisedTexts:
         """Token ids of each text, cut to ``max_length``."""

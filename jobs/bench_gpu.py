@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from item_tower.cpu import speed_up
 from item_tower.decoders.flops import card_name, model_flops
-from item_tower.decoders.layers import compile_model
+from item_tower.decoders.layers import compile_layers
 from item_tower.embed import EmbedConfig, embed_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
 from item_tower.prompt import TemplateConfig
@@ -86,6 +86,10 @@ def _histories(users: int, events: int, items: int) -> Histories:
     return Histories([str(n) for n in range(users)], offsets, rng.integers(0, items, users * events))
 
 
+def _training() -> TrainConfig:
+    return TrainConfig(compile=default_device().type == "cuda")
+
+
 def _train_row(
     name: str,
     step: torch.nn.Module,
@@ -118,14 +122,17 @@ def _train_row(
         "seconds": round(seconds, 4),
         **rates,
         "mfu": round(3 * flops / seconds / peak, 3),
-        "gib": memory,
+        "gib": None if memory is None else round(memory, 1),
     }
 
 
 def embed_rows(
     encoder: ItemEncoder, texts: list[str], peak: float, budget: int | None, compiled: bool
 ) -> list[dict[str, Any]]:
-    """Padded and packed embedding, tokens a second with MFU; the encoder is changed for inference."""
+    """Padded and packed embedding, tokens a second with MFU; the encoder is changed for inference.
+
+    compiled: a row with ``embed.compile`` as well.
+    """
     lengths = encoder.tokenise(texts).lengths + 1
     tokens = lengths.sum() - len(lengths)  # [ITEM] is work, but no token of the text
     flops = model_flops(encoder.model, lengths, causal=True)
@@ -135,7 +142,7 @@ def embed_rows(
     for packing, compile_too in (("padded", False), ("packed", False), *([("packed", True)] if compiled else [])):
         encoder.packing = packing  # type: ignore[assignment]
         if compile_too:
-            compile_model(encoder.model)
+            compile_layers(encoder.model)
         config = EmbedConfig(token_budget=budget, output_dtype="float32")
         seconds = fastest(lambda config=config: embed_texts(encoder, texts, config), ROUNDS, encoder.device)  # type: ignore[misc]
         name = f"embed {packing}{', compiled' if compile_too else ''}"
@@ -168,12 +175,15 @@ def peer_row(encoder: ItemEncoder, texts: list[str], lengths: NDArray[np.int64])
     return {"name": "sentence-transformers, best", "tokens_per_second": round(lengths.sum() / best)}
 
 
-def stage_one_row(encoder: ItemEncoder, texts: list[str], windows: int, peak: float, budget: int) -> dict[str, Any]:
-    """Stage I on made-up histories of 50 events, all weights."""
+def stage_one_row(shape_name: str, texts: list[str], windows: int, peak: float) -> dict[str, Any]:
+    """Stage I on made-up histories of 50 events, all weights, settings of ``gpu-1b.toml``."""
+    encoder = _encoder(shape_name, "bfloat16" if default_device().type == "cuda" else "float32")
     ids = encoder.tokenise(texts).input_ids
     batch = next(iter(training_batches(_histories(windows, 51, len(ids)), 50, windows, np.random.default_rng(0))))
     shape = UserTowerConfig(hidden=128, layers=2, heads=2, dropout=0.0)
-    config = JointConfig(user_tower=shape, token_budget=budget, graph_tokens=budget, collapse_floor=0.0)
+    config = JointConfig(
+        user_tower=shape, train=_training(), token_budget=16_384, graph_tokens=49_152, collapse_floor=0.0
+    )
     tower = UserTower(shape, encoder.dim, None).to(encoder.device)
     step = JointStep(encoder, tower, ids, torch.arange(len(ids)), config).to(encoder.device)
     needed, _, _ = distinct_texts(batch, step.groups, config.train.negatives, 0)
@@ -183,7 +193,7 @@ def stage_one_row(encoder: ItemEncoder, texts: list[str], windows: int, peak: fl
 
 
 def stage_two_row(shape: str, windows: int, items: int, peak: float) -> dict[str, Any]:
-    """Stage II: a user LLM of the same shape on cached vectors, histories of 50, 1,024 negatives."""
+    """Stage II: a user LLM of the same shape on cached vectors, histories of 50, settings of ``gpu-1b.toml``."""
     device, dim = default_device(), SHAPES[shape]["hidden_size"]
     torch.manual_seed(0)
     settings = UserTowerConfig(backbone="llm", hidden=dim, layers=1, heads=4, history=50, dropout=0.0)
@@ -194,10 +204,9 @@ def stage_two_row(shape: str, windows: int, items: int, peak: float) -> dict[str
     vectors = np.random.default_rng(0).standard_normal((items, dim), dtype=np.float32)
     catalog = tower.catalog([str(n) for n in range(items)], vectors, np.arange(items))
     sampler = NegativeSampler(
-        torch.arange(items, device=device), torch.ones(items, device=device), min(1_024, items - 1), "uniform"
+        torch.arange(items, device=device), torch.ones(items, device=device), min(8_192, items - 1), "uniform"
     )
-    checkpointing = TrainConfig(gradient_checkpointing=device.type == "cuda")
-    step = UserStep(tower, catalog, sampler, checkpointing)
+    step = UserStep(tower, catalog, sampler, _training())
     batch = next(iter(training_batches(_histories(windows, 51, items), 50, windows, np.random.default_rng(0))))
     flops = model_flops(tower.backbone.model, batch.lengths, causal=True)
     groups = [{"params": list(tower.parameters())}]
@@ -208,20 +217,23 @@ def run_here(config: str, sets: list[str]) -> dict[str, Any]:
     """``hllm bench gpu``: the 1B shape at its default sizes. Raises ConfigError where there is no GPU."""
     if not torch.cuda.is_available():
         raise ConfigError("bench gpu: there is no CUDA device; python -m jobs.bench_gpu --shape tiny runs on a CPU")
-    return run("1b", 16_384, 40, 128, None, False)
+    return run("1b", 8_192, 40, 512, None)
 
 
-def run(shape: str, texts: int, tokens: int, windows: int, budget: int | None, compiled: bool) -> dict[str, Any]:
-    """Print rows and ratios; ``texts`` of about ``tokens`` words each, ``windows`` histories a training step."""
+def run(shape: str, texts: int, tokens: int, windows: int, budget: int | None) -> dict[str, Any]:
+    """Rows and ratios; ``texts`` of about ``tokens`` words each, ``windows`` histories a step of stage II, an eighth
+    of them in stage I."""
     device = default_device()
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    peak = matmul_rate(device, getattr(torch, dtype), 8_192 if device.type == "cuda" else 256)
+    on_gpu = device.type == "cuda"
+    dtype = "bfloat16" if on_gpu else "float32"
+    peak = matmul_rate(device, getattr(torch, dtype), 8_192 if on_gpu else 256)
     made = _texts(texts, tokens)
     rows = [stage_two_row(shape, windows, max(texts, 64), peak)]
-    encoder = _encoder(shape, dtype)
-    rows.append(stage_one_row(encoder, made, max(1, windows // 8), peak, budget or 8_192))
+    rows.append(stage_one_row(shape, made, max(1, windows // 8), peak))
+    print(*rows, sep="\n", file=sys.stderr, flush=True)
+    encoder = _encoder(shape, dtype).requires_grad_(False)
     lengths = encoder.tokenise(made).lengths
-    rows += embed_rows(encoder.requires_grad_(False), made, peak, budget, compiled)
+    rows += embed_rows(encoder, made, peak, budget, on_gpu)
     fastest = max(row["tokens_per_second"] for row in rows if row["name"].startswith("embed"))
     rows.append(peer_row(encoder, made, lengths))
     by_name = {row["name"]: row for row in rows}
@@ -239,13 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 0; the last line is the JSON of ``run``."""
     parser = argparse.ArgumentParser(prog="python -m jobs.bench_gpu", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--texts", type=int, default=16_384)
+    parser.add_argument("--texts", type=int, default=8_192)
     parser.add_argument("--tokens", type=int, default=40, help="median words of a text")
-    parser.add_argument("--windows", type=int, default=128, help="histories of a step; an eighth in stage I")
+    parser.add_argument("--windows", type=int, default=512, help="histories of a step; an eighth in stage I")
     parser.add_argument("--budget", type=int, help="tokens of a forward pass")
-    parser.add_argument("--compile", action="store_true", help="a row with torch.compile as well")
     given = parser.parse_args(argv)
-    print(json.dumps(run(given.shape, given.texts, given.tokens, given.windows, given.budget, given.compile)))
+    print(json.dumps(run(given.shape, given.texts, given.tokens, given.windows, given.budget)))
     return 0
 
 

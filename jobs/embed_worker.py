@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from item_tower.cpu import speed_up
+from item_tower.decoders.layers import compile_layers
 from item_tower.embed import EmbedConfig, as_table, embed_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
 from item_tower.fingerprint import fingerprint
@@ -119,6 +120,8 @@ class EmbedAndWrite:
         self.found = fingerprint(self.encoder, order.embed.output_dtype)
         self.encoder.packing = order.embed.packing
         speed_up(self.encoder)
+        if order.embed.compile:
+            compile_layers(self.encoder.model)
         self.order, self.ledger = order, ledger
 
     def __call__(self, window: pa.Table) -> pa.Table:

@@ -24,7 +24,7 @@ AUTO_FLAT = 100_000  # up to here exact search of a batch is as fast as an IVF t
 PQ_TRAIN = 39 * 256  # FAISS asks for 39 training points a centroid, and a byte of a code has 256 centroids
 NPROBE = 128  # at 10^6 vectors
 # of k-means: vectors a centroid (FAISS warns below 39; its 256 take six times as long) and rounds (FAISS: 10)
-_POINTS, _ROUNDS = 40, 6
+KMEANS_POINTS, KMEANS_ROUNDS = 40, 6
 GPU_CAP = 2048  # of k and of nprobe, FAISS wiki, "Faiss on the GPU"
 _QUERIES, _ITEMS = 256, 16_384  # one block of scores: 16 MiB
 
@@ -108,7 +108,7 @@ def make(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
         code = "Flat" if kind == "ivf-flat" else f"PQ{pq_bytes(config, dim, count)}"
         index = faiss.index_factory(dim, f"IVF{nlist},{code}", faiss.METRIC_INNER_PRODUCT)
         index.nprobe, index.cp.seed = nprobe, config.seed
-        index.cp.max_points_per_centroid, index.cp.niter = _POINTS, _ROUNDS
+        index.cp.max_points_per_centroid, index.cp.niter = KMEANS_POINTS, KMEANS_ROUNDS
         index.train(vectors)
     index.add(vectors)
     return index

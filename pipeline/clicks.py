@@ -6,6 +6,7 @@ Shapes: U users, E events, P examples, N catalog items.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -65,16 +66,21 @@ class Clicks:
     kinds: NDArray[np.int8]
     rows: IntArray
 
-    @property
+    @cached_property
     def _held(self) -> NDArray[np.bool_]:
         """[E] events that may stand in a history: clicks on items of the catalog."""
         return (self.kinds == CLICK) & (self.rows[self.histories.items] >= 0)
+
+    @cached_property
+    def _counted(self) -> IntArray:
+        """[E + 1] how many of these are among the first events."""
+        return np.concatenate([[0], np.cumsum(self._held)]).astype(np.int64)
 
     def clicked(self, ends: IntArray) -> Histories:
         """Clicks among the first ``ends[u]`` events of each user, in catalog rows; users stay."""
         kept = Histories(
             self.histories.users,
-            np.concatenate([[0], np.cumsum(self._held)]).astype(np.int64)[self.histories.offsets],
+            self._counted[self.histories.offsets],
             self.rows[self.histories.items[self._held]],
             None if self.histories.times is None else self.histories.times[self._held],
         )
@@ -82,20 +88,18 @@ class Clicks:
 
     def _clicks_before(self, ends: IntArray) -> IntArray:
         """[U] clicks among the first ``ends[u]`` events of each user."""
-        counted = np.concatenate([[0], np.cumsum(self._held)])
         begins = self.histories.offsets[:-1]
-        return counted[begins + ends] - counted[begins]
+        return self._counted[begins + ends] - self._counted[begins]
 
     def earlier(self) -> IntArray:
         """[E] clicks of the same user before each event, at an earlier time: what is shown together is asked
         together, and a click of the same moment tells of the others."""
-        counted = np.concatenate([[0], np.cumsum(self._held)])
         owners = np.repeat(np.arange(len(self.histories)), self.histories.lengths)
         first = np.arange(len(owners))
         if self.histories.times is not None and len(owners):
             new = np.append(True, (np.diff(owners) != 0) | (np.diff(self.histories.times) != 0))
             first = np.flatnonzero(new)[np.cumsum(new) - 1]
-        return counted[first] - counted[self.histories.offsets[:-1]][owners]
+        return self._counted[first] - self._counted[self.histories.offsets[:-1]][owners]
 
 
 def event_kinds(table: pa.Table, config: RankingConfig) -> NDArray[np.int8]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from item_tower.decoders.layers import checkpoint_layers, compile_model, mark_training
+from item_tower.decoders.layers import checkpoint_layers, compile_layers, mark_training
 from item_tower.encoder import ItemEncoder
 from schemas.errors import TrainingError
 from user_tower.lora import LoraSettings
@@ -95,7 +95,7 @@ class JointStep(nn.Module):
         if config.train.gradient_checkpointing:
             checkpoint_layers(encoder.model)
         if config.train.compile:
-            compile_model(encoder.model)
+            compile_layers(encoder.model)
         self.counts: Tensor
         # a buffer, so that a training that goes on from a checkpoint counts on
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))

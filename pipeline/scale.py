@@ -12,13 +12,12 @@ import math
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.ann import IndexConfig, lists, pq_bytes, resolve_kind
+from pipeline.ann import KMEANS_POINTS, KMEANS_ROUNDS, IndexConfig, lists, pq_bytes, resolve_kind
 
 PREFIX = 4  # bytes of the length before a value of a Parquet byte array
 KEY = 16  # bytes of a content key, and of a history's digest
 RUN_ID = 32  # characters of an MLflow run id
 FILE_OVERHEAD = 4_096  # footer and page headers of one file; a few KiB
-KMEANS_ROUNDS, KMEANS_POINTS = 10, 256  # of FAISS for an IVF: rounds, and training points a list at most
 
 
 class Sizes(BaseModel):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from item_tower.cpu import speed_up
 from item_tower.decoders import packed
-from item_tower.decoders.layers import compile_model
+from item_tower.decoders.layers import compile_layers
 from item_tower.embed import encode_texts
 from jobs import bench_gpu
 
@@ -55,27 +55,27 @@ def test_another_text_of_the_same_length_changes_no_other_vector():
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_each_kernel_gives_what_the_padded_attention_gives_and_its_gradients(window):
+def test_the_fused_kernel_gives_what_the_padded_attention_gives_and_its_gradients(window):
     lengths = np.array([5, 1, 17, 8])
     row = packed.pack(lengths, torch.device("cuda"))
-    shape = (int(lengths.sum()), 4, 16)
-    kernels = [packed._varlen_attention] if packed._has_varlen() else []
-    kernels += [packed._flash_attention] if packed.is_flash_attn_2_available() else []
-    assert kernels
+    fused = packed.kernel(torch.device("cuda"), torch.bfloat16, 16, 0.0)
+    assert fused != "padded"
     found = []
-    for kernel in (packed._padded_attention, *kernels):
+    for kernel in ("padded", fused):
         torch.manual_seed(0)
-        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        mixed = kernel(q, k, v, row.ends, row.longest, 0.25, 0.0, window or row.longest)
+        q, k, v = (
+            torch.randn(int(lengths.sum()), heads, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for heads in (4, 2, 2)  # grouped, as Llama's are
+        )
+        mixed = packed._KERNELS[kernel](q, k, v, row.ends, row.longest, 0.25, 0.0, window or row.longest)
         mixed.float().square().sum().backward()
         found.append([mixed.detach(), q.grad, k.grad, v.grad])
-    for other in found[1:]:
-        for mine, theirs in zip(other, found[0], strict=True):
-            torch.testing.assert_close(mine, theirs, atol=5e-2, rtol=5e-2)
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=5e-2, rtol=5e-2)
 
 
 def test_a_compiled_model_computes_the_same():
     encoder = bench_gpu._encoder("tiny", "bfloat16")
     plain = vectors(encoder, "packed")
-    compile_model(encoder.model)
+    compile_layers(encoder.model)
     assert least_cosine(vectors(encoder, "packed"), plain) > 0.999

@@ -166,14 +166,52 @@ def test_a_model_that_carries_a_state_along_is_not_packed(make_encoder):
 
 
 def test_one_that_sees_its_neighbour_is_found_by_the_trial(monkeypatch):
+    padded = packed._padded_attention
+
     def leaking(query, key, value, ends, longest, scale, dropout, window):
         whole = torch.tensor([0, len(query)])
-        return packed._padded_attention(query, key, value, whole, len(query), scale, dropout, len(query))
+        return padded(query, key, value, whole, len(query), scale, dropout, len(query))
 
-    monkeypatch.setattr(packed, "kernel", lambda *values: leaking)
+    monkeypatch.setitem(packed._KERNELS, "padded", leaking)
     model = DECODERS["llama, grouped heads"]()
     assert not allow_packing(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_is_traced_whole_and_once_for_rows_of_any_length(monkeypatch):
+    """A graph that breaks at the attention is compiled anew for every layer and length; the kernel stands in for a
+    GPU's, which is one operator."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.library.custom_op("hllm_test::attention", mutates_args={})
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, scale: float
+    ) -> torch.Tensor:
+        return packed._padded_attention(query, key, value, ends, longest, scale, 0.0, longest)
+
+    attention.register_fake(lambda query, *rest: torch.empty_like(query))
+    monkeypatch.setitem(packed._KERNELS, "padded", lambda *values: attention(*values[:6]))
+    model = DECODERS["llama, grouped heads"]()
+    assert allow_packing(model)
+
+    def states(lengths):
+        row = pack(np.array(lengths), torch.device("cpu"))
+        inputs = torch.randn(1, sum(lengths), SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return model(inputs_embeds=inputs, **row.arguments()).last_hidden_state
+
+    rows = [[5, 3], [7, 9, 2], [4] * 6, [21, 1]]
+    expected = [states(row) for row in rows]
+    for layer in model.layers:
+        layer.compile(dynamic=True, fullgraph=True, backend=keep)
+    for row, plain in zip(rows, expected, strict=True):
+        torch.testing.assert_close(states(row), plain)
+    assert len(model.layers) > 1
+    assert len(graphs) <= 2
 
 
 def test_packed_batches_hold_the_budget_and_every_row_once():

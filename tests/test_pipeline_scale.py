@@ -139,7 +139,7 @@ def test_the_work_of_an_ivf_grows_as_stated():
     config = IndexConfig(kind="ivf-flat")
     nlist = int(8 * math.sqrt(100_000_000))
     flops = scale.index_build_flops(config, 100_000_000, 384)
-    assert flops == 2 * 384 * nlist * (100_000_000 + 10 * 256 * nlist)
+    assert flops == 2 * 384 * nlist * (100_000_000 + 6 * 40 * nlist)
     assert scale.index_build_flops(IndexConfig(kind="hnsw"), 1000, 8) == 0
 
 

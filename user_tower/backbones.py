@@ -138,19 +138,17 @@ class CausalLM(nn.Module):
         self.model = model
         self.model.config.use_cache = False
         self.packing: Packing = "auto"  # how histories share a forward pass; decides no figure
-        self._takes_packed: bool | None = None  # not tried yet
 
     @property
     def packed(self) -> bool:
         """Whether histories go through the model without padding. Raises ConfigError where they must and cannot."""
         if not wants_packing(self.packing, next(self.parameters()).device):
             return False
-        if self._takes_packed is None:
-            self._takes_packed = allow_packing(self.model)
-        if self.packing == "packed" and not self._takes_packed:
+        allowed = allow_packing(self.model)
+        if self.packing == "packed" and not allowed:
             kind = self.model.config.model_type
             raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
-        return self._takes_packed
+        return allowed
 
     def forward_packed(self, x_PH: Tensor, row: Packed) -> Tensor:
         """x_PH: the inputs of all histories, one after the other; row: where each lies. Returns [P, H]."""

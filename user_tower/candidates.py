@@ -106,8 +106,9 @@ def candidate_batches(
     length: events of a context, the newest; most: candidates of one context in a batch, more are divided among
     several rows.
     """
-    order = np.argsort(_keys(examples), kind="stable")
-    keys = _keys(examples)[order]
+    keys = _keys(examples)
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
     within = np.arange(len(keys)) - np.searchsorted(keys, keys)
     new_row = (within % most == 0) if len(keys) else np.zeros(0, dtype=bool)
     starts = np.append(np.flatnonzero(new_row), len(order))

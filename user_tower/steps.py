@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from item_tower.decoders.layers import checkpoint_layers, compile_model
+from item_tower.decoders.layers import checkpoint_layers, compile_layers
 from user_tower.backbones import HSTU, CausalLM, SASRec
 from user_tower.loss import info_nce
 from user_tower.model import Catalog, UserTower
@@ -41,7 +41,7 @@ def use_settings(tower: UserTower, config: TrainConfig) -> None:
         if config.gradient_checkpointing:
             checkpoint_layers(backbone.model)
         if config.compile:
-            compile_model(backbone.model)
+            compile_layers(backbone.model)
     else:
         assert isinstance(backbone, SASRec | HSTU)
         backbone.checkpointing = config.gradient_checkpointing

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,10 +25,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    _VARLEN = frozenset[str]()
+else:
+    _VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
+
 Packing = Literal["auto", "padded", "packed"]
 """``auto``: packed on a GPU. On a CPU rows sorted by length have hardly any padding, and ``padded`` is faster."""
 
 _NAME = "hllm_packed"
+_REFUSED = "hllm_takes_no_packed_rows"  # of a model that was tried
 _Kernel = Callable[..., Tensor]
 
 
@@ -102,35 +109,38 @@ def _flash_attention(
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float, dropout: float, window: int
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     left = -1 if window >= longest else window - 1
-    grouped = query.shape[1] != key.shape[1]
+    # 2.11 takes grouped heads without being told
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN else {}
     mixed = varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=grouped
+        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(left, 0), **grouped
     )  # fmt: skip
     assert isinstance(mixed, Tensor)
     return mixed
 
 
-@cache
-def _has_varlen() -> bool:
-    """PyTorch's own varlen attention is there, in the form with a window and grouped heads (2.11 and later)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"enable_gqa", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
+_KERNELS: dict[str, _Kernel] = {
+    "flash-attn": _flash_attention, "varlen": _varlen_attention, "padded": _padded_attention
+}  # fmt: skip
 
 
-def kernel(device: torch.device, dtype: torch.dtype, width: int, dropout: float) -> _Kernel:
-    """The fastest attention over packed rows for a head's width there; varlen_attn has no dropout."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    if device.type != "cuda" or not half or width > 256 or torch.cuda.get_device_capability(device) < (8, 0):
-        return _padded_attention
+@torch.compiler.assume_constant_result
+def _fused(device: torch.device) -> str | None:
+    """The kernel for half precision there, None where there is none."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
     if is_flash_attn_2_available():
-        return _flash_attention
-    return _varlen_attention if _has_varlen() and not dropout else _padded_attention
+        return "flash-attn"
+    return "varlen" if {"scale", "window_size"} <= _VARLEN else None
+
+
+def kernel(device: torch.device, dtype: torch.dtype, width: int, dropout: float) -> str:
+    """Which of ``_KERNELS`` is the fastest over packed rows for a head's width there; varlen_attn has no dropout."""
+    found = _fused(device)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if found is None or not half or width > 256 or (found == "varlen" and dropout > 0):
+        return "padded"
+    return found
 
 
 def _attention(
@@ -160,7 +170,7 @@ def _attention(
     # rotary embeddings leave float32 under autocast
     parts = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    chosen = kernel(query.device, dtype, query.shape[-1], dropout)
+    chosen = _KERNELS[kernel(query.device, dtype, query.shape[-1], dropout)]
     return chosen(*parts, ends, longest, scale, dropout, sliding_window or longest)[None], None
 
 
@@ -184,12 +194,12 @@ def allow_packing(model: Any) -> bool:
     """Make a transformers decoder take packed rows beside padded ones; False, and nothing changed, where it cannot.
 
     It cannot where the attention is not ``sdpa`` (soft-capped scores), or where a short trial with two sequences
-    shows that one sees the other (recurrent layers) or that positions are counted through.
+    shows that one sees the other (recurrent layers) or that positions are counted through. Tried once a model.
     """
     before = model.config._attn_implementation
     if before == _NAME:
         return True
-    if before != "sdpa":
+    if before != "sdpa" or getattr(model, _REFUSED, False):
         return False
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
@@ -204,6 +214,7 @@ def allow_packing(model: Any) -> bool:
         model.train(training)
     if not allowed:
         model.set_attn_implementation(before)
+        setattr(model, _REFUSED, True)
     return allowed
 
 
