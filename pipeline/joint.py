@@ -40,10 +40,11 @@ class JointConfig(BaseModel):
     item_learning_rate: float = Field(default=1e-4, gt=0)
     lora: LoraSettings | None = None
     """Tune low-rank adapters and merge them at the end; by default all weights are tuned."""
-    token_budget: int = Field(default=2_048, gt=0)
-    """Padded tokens of one forward pass of the Item LLM."""
-    graph_tokens: int = Field(default=16_384, gt=0)
-    """Padded tokens whose activations are kept for the backward pass; those of larger batches are computed twice."""
+    token_budget: int = Field(default=2_048, gt=0, exclude=True)
+    """Padded tokens of one forward pass of the Item LLM. Decides no figure."""
+    graph_tokens: int = Field(default=16_384, gt=0, exclude=True)
+    """Padded tokens whose activations are kept for the backward pass; those of larger batches are computed twice.
+    Decides no figure."""
     near: float = Field(default=0.99, gt=0, le=1)
     """A negative whose cosine with the positive is above this is masked: it is taken for the same item."""
     collapse_floor: float = Field(default=0.5, ge=0, le=1)
