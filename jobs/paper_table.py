@@ -154,7 +154,7 @@ def _published(rows: list[dict[str, Any]], ours: dict[str, Any], metric: str) ->
     """Published rows as a table of their own, with what is different about the data."""
     mine = f"{ours['data']['name']}: {ours['users']} users, {ours['counts']['items']} items"
     lines = [
-        f"Published, same protocol, other data ({rows[0]['dataset']}; here {mine}):",
+        f"Published, same protocol, other data (here {mine}):",
         "",
         f"| run | {metric} | source |",
     ]
@@ -163,7 +163,7 @@ def _published(rows: list[dict[str, Any]], ours: dict[str, Any], metric: str) ->
     for row in rows:
         figure = row.get(metric, row.get(hit_rate))
         if figure is not None:
-            lines.append(f"| {row['method']}, {row['setting']} | {figure:.4f} | {row['source']} |")
+            lines.append(f"| {row['method']}, {row['dataset']}, {row['setting']} | {figure:.4f} | {row['source']} |")
     return "\n".join(lines)
 
 
