@@ -188,15 +188,19 @@ def local_store(config: Config) -> Path:
     return Path(config.store)
 
 
+def data_table(folder: str | Path, name: str) -> Path:
+    """One of the two tables, ``items`` or ``interactions``, in a folder given by ``--data``. Raises ConfigError."""
+    path = Path(folder).resolve() / f"{name}.parquet"
+    if not path.is_file():
+        raise ConfigError(f"--data {folder}: there is no {name}.parquet; it holds items and interactions")
+    return path
+
+
 def data_sets(folder: str, store: str) -> list[str]:
     """What ``--data FOLDER`` sets: its two tables, and a store of its own. Raises ConfigError."""
-    path = Path(folder).resolve()
-    own = [f'data.name="{path.name}"', f'store="{store}-{path.name}"']  # one catalog a store
-    for table in ("items", "interactions"):
-        if not (path / f"{table}.parquet").is_file():
-            raise ConfigError(f"--data {folder}: there is no {table}.parquet; it holds items and interactions")
-        own.append(f'data.{table}="{path / table}.parquet"')
-    return own
+    name = Path(folder).resolve().name
+    named = [f'data.{table}="{data_table(folder, table)}"' for table in ("items", "interactions")]
+    return [f'data.name="{name}"', f'store="{store}-{name}"', *named]  # one catalog a store
 
 
 def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:

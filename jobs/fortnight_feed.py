@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from item_tower.prompt import TemplateConfig, content_keys, render
+from jobs.config import data_table
 from schemas import tables
 from schemas.errors import ConfigError
 
@@ -163,10 +164,7 @@ FEED_FAULTS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def _read(folder: Path, name: str) -> pa.Table:
-    path = folder / f"{name}.parquet"
-    if not path.is_file():
-        raise ConfigError(f"--data {folder}: there is no {name}.parquet; it holds items and interactions")
-    table = pq.read_table(path).replace_schema_metadata(None)
+    table = pq.read_table(data_table(folder, name)).replace_schema_metadata(None)
     strings = [pa.field(f.name, pa.string()) if pa.types.is_large_string(f.type) else f for f in table.schema]
     return table.cast(pa.schema(strings))
 

@@ -31,6 +31,7 @@ from schemas.records import Dataset
 from user_tower.sequences import Histories
 
 PROFILE = "profile.json"
+_EVENTS = "interactions.parquet"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def write_dataset(
     profile = describe()
     with store.new(Dataset, record.id) as folder:
         _write_slices(folder / "items.parquet", map(to_arrow, clean.items.iter_slices(SLICE_ROWS)))
-        _write_slices(folder / "interactions.parquet", clean.events.slices())
+        _write_slices(folder / _EVENTS, clean.events.slices())
         rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")
         pq.write_table(rejected, folder / "quarantine.parquet")
         write_file(folder / PROFILE, json.dumps(profile, indent=1).encode())
@@ -135,36 +136,30 @@ def read_profile(store: Store, record: Dataset) -> dict[str, Any]:
     return found
 
 
+def _columns(store: Store, record: Dataset, name: str, columns: list[str] | None, **options: Any) -> pa.Table:
+    path = store.folder(record) / name
+    try:
+        return pq.read_table(path, columns=columns, **options)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"data set {path} cannot be read: {error}; run prepare-data again") from error
+
+
 def events_before(store: Store, record: Dataset, time: int) -> int:
     """How many events of a data set are earlier than a time in milliseconds. Raises StoreError when it is damaged."""
-    path = store.folder(record) / "interactions.parquet"
-    try:
-        times = pq.read_table(path, columns=[tables.TIMESTAMP]).column(tables.TIMESTAMP).to_numpy()
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} cannot be read: {error}; run prepare-data again") from error
+    times = _columns(store, record, _EVENTS, [tables.TIMESTAMP]).column(tables.TIMESTAMP).to_numpy()
     return int((times < time).sum())
 
 
 def open_dataset(store: Store, record: Dataset) -> OpenDataset:
     """Read a data set. Raises StoreError when a file is damaged."""
-    folder = store.folder(record)
-    try:
-        items = pq.read_table(folder / "items.parquet")
-        events = pq.read_table(
-            folder / "interactions.parquet", columns=[tables.USER_ID, tables.ITEM_ID, tables.TIMESTAMP]
-        )
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"data set {folder} cannot be read: {error}; run prepare-data again") from error
+    items = _columns(store, record, "items.parquet", None)
+    events = _columns(store, record, _EVENTS, [tables.USER_ID, tables.ITEM_ID, tables.TIMESTAMP])
     return OpenDataset(record, items, _histories(items, events))
 
 
 def read_labels(store: Store, record: Dataset) -> pa.Table:
     """Event types and labels of all events, in the order of ``OpenDataset.histories``. Raises StoreError."""
-    path = store.folder(record) / "interactions.parquet"
-    try:
-        return pq.read_table(path, columns=[tables.EVENT, tables.LABEL], read_dictionary=[tables.EVENT])
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"data set {path} cannot be read: {error}; run prepare-data again") from error
+    return _columns(store, record, _EVENTS, [tables.EVENT, tables.LABEL], read_dictionary=[tables.EVENT])
 
 
 def _histories(items: pa.Table, events: pa.Table) -> Histories:
@@ -201,7 +196,7 @@ def without_users(store: Store, record: Dataset, forgotten: ForgottenUsers) -> R
     Raises DataError when nobody else is in it, StoreError when it is damaged.
     """
     folder = store.folder(record)
-    path = folder / "interactions.parquet"
+    path = folder / _EVENTS
     try:
         rejected = pq.read_table(folder / "quarantine.parquet")
         users = pc.unique(pq.read_table(path, columns=[tables.USER_ID]).column(0)).to_pylist()
@@ -240,7 +235,7 @@ def without_users(store: Store, record: Dataset, forgotten: ForgottenUsers) -> R
     if not store.all(Dataset, id=new.id):
         with store.new(Dataset, new.id) as aside:
             shutil.copyfile(folder / "items.parquet", aside / "items.parquet")
-            _write_slices(aside / "interactions.parquet", events.slices())
+            _write_slices(aside / _EVENTS, events.slices())
             pq.write_table(kept, aside / "quarantine.parquet")
             write_file(aside / PROFILE, json.dumps(profile, indent=1).encode())
             write_record(aside, new)

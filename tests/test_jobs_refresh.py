@@ -265,15 +265,15 @@ def test_a_release_whose_parts_changed_does_not_open(workspace, embed_here):
         open_release("models:/hllm@nobody", tracking(workspace))
 
 
-def start_night(workspace, *sets: str) -> subprocess.Popen:
-    """A refresh in a process of its own."""
+def start_night(workspace, *sets: str, before: str = "") -> subprocess.Popen:
+    """A refresh in a process of its own, with its exit status; before: Python to run there first."""
     arguments = ["refresh", "--config", str(workspace.toml), *NIGHT, *sets]
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import conftest; from jobs import cli, embed_items\n"
-        f"embed_items.embed_windows = conftest.embed_in_this_process([]); cli.main({arguments})"
+        f"import conftest; from jobs import cli, embed_items\n{before}\n"
+        f"embed_items.embed_windows = conftest.embed_in_this_process([]); sys.exit(cli.main({arguments}))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def kill_nights(workspace, kills: int) -> None:

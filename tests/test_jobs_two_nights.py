@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_jobs_refresh import NIGHT, add_day, champion, tracking
+from test_jobs_refresh import NIGHT, add_day, champion, start_night, tracking
 
 from jobs import releases
 from jobs.config import load_config
@@ -19,7 +19,7 @@ from pipeline.release import ARTIFACT, describe, find_parts, open_parts
 from pipeline.store import Store
 from schemas.records import Dataset, Release, Snapshot, UserTower, UserVectors
 
-TESTS = Path(__file__).parent
+ONE_THREAD = "import torch; torch.set_num_threads = lambda count: None"
 
 
 @pytest.fixture(autouse=True)
@@ -29,21 +29,10 @@ def one_thread(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
-def start(workspace, *sets: str) -> subprocess.Popen:
-    """A refresh in a process of its own, with its exit status."""
-    arguments = ["refresh", "--config", str(workspace.toml), *NIGHT, *sets]
-    code = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
-        "import conftest, torch; torch.set_num_threads = lambda count: None; from jobs import cli, embed_items\n"
-        f"embed_items.embed_windows = conftest.embed_in_this_process([]); sys.exit(cli.main({arguments}))"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def both(workspace, *sets: str) -> list[dict]:
     """What two refreshes that start together print; both must end with status 0."""
     found = []
-    for process in [start(workspace, *sets), start(workspace, *sets)]:
+    for process in [start_night(workspace, *sets, before=ONE_THREAD) for _ in range(2)]:
         out, err = process.communicate(timeout=250)
         assert process.returncode == 0, (out[-2000:], err[-3000:])
         found.append(json.loads(out.strip().splitlines()[-1]))
@@ -119,7 +108,7 @@ def test_promote_and_rollback_are_one_call_each_under_two_seconds_and_no_reader_
     stop, count = workspace.folder / "stop", workspace.folder / "count"
     reader = subprocess.Popen(
         [sys.executable, "-c", READER, tracking(workspace), str(stop), str(count)],
-        cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         while not count.exists():
