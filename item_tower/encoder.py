@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from item_tower.batching import packed_batches, token_budget_batches
-from item_tower.decoders.packed import Packing, allow_packing, pack, wants_packing
+from item_tower.decoders.packed import Packing, pack, takes_packed
 from item_tower.prompt import TemplateConfig
 from schemas.errors import ConfigError, StoreError
 
@@ -245,13 +245,7 @@ class ItemEncoder(nn.Module):
     @property
     def packed(self) -> bool:
         """Whether texts go through the model without padding. Raises ConfigError where they must and cannot."""
-        if self.item_token is None or not wants_packing(self.packing, self.device):
-            return False
-        allowed = allow_packing(self.model)
-        if self.packing == "packed" and not allowed:
-            kind = self.model.config.model_type
-            raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
-        return allowed
+        return self.item_token is not None and takes_packed(self.model, self.packing, self.device)
 
     def tokenise(self, texts: Sequence[str]) -> TokenisedTexts:
         """Token ids of each text, cut to ``max_length``."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
-from item_tower.decoders.packed import Packed, Packing, allow_packing, wants_packing
+from item_tower.decoders.packed import Packed, Packing, takes_packed
 from schemas.errors import ConfigError
 from user_tower.times import TIME_BUCKETS, time_buckets
 
@@ -142,13 +142,7 @@ class CausalLM(nn.Module):
     @property
     def packed(self) -> bool:
         """Whether histories go through the model without padding. Raises ConfigError where they must and cannot."""
-        if not wants_packing(self.packing, next(self.parameters()).device):
-            return False
-        allowed = allow_packing(self.model)
-        if self.packing == "packed" and not allowed:
-            kind = self.model.config.model_type
-            raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
-        return allowed
+        return takes_packed(self.model, self.packing, next(self.parameters()).device)
 
     def forward_packed(self, x_PH: Tensor, row: Packed) -> Tensor:
         """x_PH: the inputs of all histories, one after the other; row: where each lies. Returns [P, H]."""

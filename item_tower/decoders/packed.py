@@ -25,6 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from schemas.errors import ConfigError
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # PyTorch before 2.10
@@ -218,6 +220,12 @@ def allow_packing(model: Any) -> bool:
     return allowed
 
 
-def wants_packing(packing: Packing, device: torch.device) -> bool:
-    """Whether sequences are to be packed there, if the model takes it."""
-    return packing == "packed" or (packing == "auto" and device.type == "cuda")
+def takes_packed(model: Any, packing: Packing, device: torch.device) -> bool:
+    """Whether a decoder's sequences are to be packed there. Raises ConfigError where they must be and cannot."""
+    if packing == "padded" or (packing == "auto" and device.type != "cuda"):
+        return False
+    allowed = allow_packing(model)
+    if packing == "packed" and not allowed:
+        kind = model.config.model_type
+        raise ConfigError(f"packing is set to packed, which a model of type {kind} does not take; set it to auto")
+    return allowed
