@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from item_tower.encoder import ItemEncoder
-from jobs import bench_nights
+from jobs import bench_nights, embed_worker
 from jobs.config import load_config
 from jobs.context import Context
 from jobs.embed_worker import MAX_DEATHS, Ledger
@@ -157,6 +157,21 @@ def test_items_are_exported_as_float32_lists(workspace, embed_here, tmp_path):
     assert table["item_id"].to_list() == matrix.item_ids
     assert np.array_equal(np.array(table["embedding"].to_list()), matrix.vectors.astype(np.float32))
     assert "make it first" in workspace.fails("export-items", "--out", str(tmp_path / "no" / "x"), *BASE)["error"]
+
+
+def test_a_worker_compiles_where_the_configuration_says_so(workspace, embed_here, monkeypatch):
+    """Nothing is generated here: what a compiled model computes, a GPU's test says."""
+    compiled = []
+    monkeypatch.setattr(embed_worker, "compile_layers", compiled.append)
+    workspace.run("prepare-data")
+    first = workspace.run("embed-items", *BASE)
+    assert not compiled
+    workspace.run("embed-items", "--set", "embed.compile=true", *BASE)
+    assert not compiled  # it decides no vector, so nothing is embedded again
+    retitle(workspace, i3="The green 3")
+    done = workspace.run("embed-items", "--set", "embed.compile=true", *BASE)
+    assert done["fingerprint"] == first["fingerprint"]
+    assert [type(model).__name__ for model in compiled] == ["BertModel"]
 
 
 def test_the_nights_of_the_bench_embed_all_nothing_and_what_changed(workspace, embed_here, monkeypatch):
