@@ -21,7 +21,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 # of a list: its vectors float32 [n, D], and the row of each in the index, int64 [n]
 Lists = Callable[[int], tuple[FloatArray, IntArray]]
-QUERIES = 8192  # at a time, at most
+QUERIES = 16_384  # at a time, at most
 _FIRST, _WIDTH = 4, 8  # lists read before there is a floor; they should hold so many times k
 _GROWTH = 24  # each further lap reads so many times as many; more laps would keep fewer hits, and cost more products
 _HITS = 1 << 23  # kept of the first lists, about 300 MiB
@@ -94,12 +94,14 @@ def _scan(queries_QD: Tensor, probes: IntArray, lists: Lists, best: _Best, pool:
     starts = (by_query.cumsum(1) - by_query).flatten()
     owner, column = pair // width, starts[pair] + place
     widest = int(by_query.sum(1).max())
-    step = max(1, _CELLS // max(1, widest))
-    merged = []
-    for start in range(0, count, step):
+    step = max(1, min(_CELLS // max(1, jobs * widest), -(-count // jobs)))
+
+    def merge(start: int) -> _Best:
         own = (owner >= start) & (owner < start + step) if step < count else slice(None)
         part = _Best(best.scores[start : start + step], best.rows[start : start + step])
-        merged.append(_merge(part, owner[own] - start, column[own], scores[own], rows[own], widest))
+        return _merge(part, owner[own] - start, column[own], scores[own], rows[own], widest)
+
+    merged = list(pool.map(merge, range(0, count, step)))
     return _Best(*(torch.cat(part) for part in zip(*merged, strict=True)))
 
 
