@@ -50,6 +50,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 BATCH_SIZES = (32, 128, 512)
 ROUNDS = 3
+TEXTS, MEDIAN_WORDS, WINDOWS = 8_192, 40, 512
+# of gpu-1b.toml
+TOKEN_BUDGET, GRAPH_TOKENS, NEGATIVES = 16_384, 49_152, 8_192
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -126,20 +129,17 @@ def _train_row(
     }
 
 
-def embed_rows(
-    encoder: ItemEncoder, texts: list[str], peak: float, budget: int | None, compiled: bool
-) -> list[dict[str, Any]]:
-    """Padded and packed embedding, tokens a second with MFU; the encoder is changed for inference.
-
-    compiled: a row with ``embed.compile`` as well.
-    """
+def embed_rows(encoder: ItemEncoder, texts: list[str], peak: float, budget: int | None) -> list[dict[str, Any]]:
+    """Padded and packed embedding, tokens a second with MFU, on a GPU compiled as well; the encoder is changed for
+    inference."""
     lengths = encoder.tokenise(texts).lengths + 1
     tokens = lengths.sum() - len(lengths)  # [ITEM] is work, but no token of the text
     flops = model_flops(encoder.model, lengths, causal=True)
     encoder.packing = "packed"
     speed_up(encoder)
     rows = []
-    for packing, compile_too in (("padded", False), ("packed", False), *([("packed", True)] if compiled else [])):
+    compiled = [("packed", True)] if encoder.device.type == "cuda" else []
+    for packing, compile_too in (("padded", False), ("packed", False), *compiled):
         encoder.packing = packing  # type: ignore[assignment]
         if compile_too:
             compile_layers(encoder.model)
@@ -175,14 +175,13 @@ def peer_row(encoder: ItemEncoder, texts: list[str], lengths: NDArray[np.int64])
     return {"name": "sentence-transformers, best", "tokens_per_second": round(lengths.sum() / best)}
 
 
-def stage_one_row(shape_name: str, texts: list[str], windows: int, peak: float) -> dict[str, Any]:
-    """Stage I on made-up histories of 50 events, all weights, settings of ``gpu-1b.toml``."""
-    encoder = _encoder(shape_name, "bfloat16" if default_device().type == "cuda" else "float32")
+def stage_one_row(encoder: ItemEncoder, texts: list[str], windows: int, peak: float) -> dict[str, Any]:
+    """Stage I on made-up histories of 50 events, all weights, a user tower 128 wide; budgets of ``gpu-1b.toml``."""
     ids = encoder.tokenise(texts).input_ids
     batch = next(iter(training_batches(_histories(windows, 51, len(ids)), 50, windows, np.random.default_rng(0))))
     shape = UserTowerConfig(hidden=128, layers=2, heads=2, dropout=0.0)
     config = JointConfig(
-        user_tower=shape, train=_training(), token_budget=16_384, graph_tokens=49_152, collapse_floor=0.0
+        user_tower=shape, train=_training(), token_budget=TOKEN_BUDGET, graph_tokens=GRAPH_TOKENS, collapse_floor=0.0
     )
     tower = UserTower(shape, encoder.dim, None).to(encoder.device)
     step = JointStep(encoder, tower, ids, torch.arange(len(ids)), config).to(encoder.device)
@@ -193,7 +192,7 @@ def stage_one_row(shape_name: str, texts: list[str], windows: int, peak: float) 
 
 
 def stage_two_row(shape: str, windows: int, items: int, peak: float) -> dict[str, Any]:
-    """Stage II: a user LLM of the same shape on cached vectors, histories of 50, settings of ``gpu-1b.toml``."""
+    """Stage II: a user LLM of the same shape on cached vectors, histories of 50, negatives of ``gpu-1b.toml``."""
     device, dim = default_device(), SHAPES[shape]["hidden_size"]
     torch.manual_seed(0)
     settings = UserTowerConfig(backbone="llm", hidden=dim, layers=1, heads=4, history=50, dropout=0.0)
@@ -204,7 +203,7 @@ def stage_two_row(shape: str, windows: int, items: int, peak: float) -> dict[str
     vectors = np.random.default_rng(0).standard_normal((items, dim), dtype=np.float32)
     catalog = tower.catalog([str(n) for n in range(items)], vectors, np.arange(items))
     sampler = NegativeSampler(
-        torch.arange(items, device=device), torch.ones(items, device=device), min(8_192, items - 1), "uniform"
+        torch.arange(items, device=device), torch.ones(items, device=device), min(NEGATIVES, items - 1), "uniform"
     )
     step = UserStep(tower, catalog, sampler, _training())
     batch = next(iter(training_batches(_histories(windows, 51, items), 50, windows, np.random.default_rng(0))))
@@ -217,7 +216,7 @@ def run_here(config: str, sets: list[str]) -> dict[str, Any]:
     """``hllm bench gpu``: the 1B shape at its default sizes. Raises ConfigError where there is no GPU."""
     if not torch.cuda.is_available():
         raise ConfigError("bench gpu: there is no CUDA device; python -m jobs.bench_gpu --shape tiny runs on a CPU")
-    return run("1b", 8_192, 40, 512, None)
+    return run("1b", TEXTS, MEDIAN_WORDS, WINDOWS, None)
 
 
 def run(shape: str, texts: int, tokens: int, windows: int, budget: int | None) -> dict[str, Any]:
@@ -229,19 +228,19 @@ def run(shape: str, texts: int, tokens: int, windows: int, budget: int | None) -
     peak = matmul_rate(device, getattr(torch, dtype), 8_192 if on_gpu else 256)
     made = _texts(texts, tokens)
     rows = [stage_two_row(shape, windows, max(texts, 64), peak)]
-    rows.append(stage_one_row(shape, made, max(1, windows // 8), peak))
+    rows.append(stage_one_row(_encoder(shape, dtype), made, max(1, windows // 8), peak))
     print(*rows, sep="\n", file=sys.stderr, flush=True)
     encoder = _encoder(shape, dtype).requires_grad_(False)
     lengths = encoder.tokenise(made).lengths
-    rows += embed_rows(encoder, made, peak, budget, on_gpu)
-    fastest = max(row["tokens_per_second"] for row in rows if row["name"].startswith("embed"))
+    rows += embed_rows(encoder, made, peak, budget)
+    ours = max(row["tokens_per_second"] for row in rows if row["name"].startswith("embed"))
     rows.append(peer_row(encoder, made, lengths))
     by_name = {row["name"]: row for row in rows}
     ratio = {
         "embed_mfu": max(row["mfu"] for row in rows if row["name"].startswith("embed")),
         "stage1_mfu": by_name["stage I"]["mfu"],
         "stage2_mfu": by_name["stage II"]["mfu"],
-        "embed_over_sentence_transformers": round(fastest / rows[-1]["tokens_per_second"], 3),
+        "embed_over_sentence_transformers": round(ours / rows[-1]["tokens_per_second"], 3),
     }
     facts = {"device": card_name(device), "dtype": dtype, "peak_tflops": round(peak / 1e12, 3), "shape": shape}
     return {"name": "gpu", "rows": rows, **facts, "ratio": ratio}
@@ -251,9 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 0; the last line is the JSON of ``run``."""
     parser = argparse.ArgumentParser(prog="python -m jobs.bench_gpu", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--texts", type=int, default=8_192)
-    parser.add_argument("--tokens", type=int, default=40, help="median words of a text")
-    parser.add_argument("--windows", type=int, default=512, help="histories of a step; an eighth in stage I")
+    parser.add_argument("--texts", type=int, default=TEXTS)
+    parser.add_argument("--tokens", type=int, default=MEDIAN_WORDS, help="median words of a text")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="histories of a step; an eighth in stage I")
     parser.add_argument("--budget", type=int, help="tokens of a forward pass")
     given = parser.parse_args(argv)
     print(json.dumps(run(given.shape, given.texts, given.tokens, given.windows, given.budget)))

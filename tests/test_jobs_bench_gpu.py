@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from item_tower.decoders.flops import model_flops
+from item_tower.embed import EmbedConfig
 from jobs import bench_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,18 @@ def test_the_operations_of_a_forward_pass_by_hand():
     model = bench_gpu._encoder("tiny", "float32").model
     linear = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)  # q, k and v of half as many heads, o, the MLP
     assert model_flops(model, np.array([5, 3]), causal=True) == 2 * (8 * linear + 4 * 32 * (25 + 9) / 2)
+
+
+def test_the_budgets_are_those_of_the_configuration():
+    settings = tomllib.loads((ROOT / "jobs" / "configs" / "gpu-1b.toml").read_text())
+    embed, tune, train = settings["embed"], settings["tune"], settings["train"]
+    assert embed["token_budget"] == EmbedConfig().tokens_at_once(torch.device("cuda"))
+    assert tune["token_budget"] == bench_gpu.TOKEN_BUDGET
+    assert tune["graph_tokens"] == bench_gpu.GRAPH_TOKENS
+    assert train["negatives"] == bench_gpu.NEGATIVES
+    assert train["batch_size"] == bench_gpu.WINDOWS
+    assert tune["train"]["batch_size"] == bench_gpu.WINDOWS // 8
+    assert all(section["compile"] for section in (embed, tune["train"], train))
 
 
 @pytest.mark.slow
