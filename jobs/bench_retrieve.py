@@ -25,7 +25,8 @@ from pipeline.ann import (
     serialized_bytes,
     set_threads,
 )
-from pipeline.index import EFFORTS, intersection
+from pipeline.effort import choose_effort, chooses, intersection
+from pipeline.index import EFFORTS
 
 K, ANN_K = 200, 100
 _BLOCK = 256
@@ -95,9 +96,12 @@ def _figures(took: Clocked, flat: _Flat) -> dict[str, float]:
 
 
 def _ann_row(kind: Kind, config: IndexConfig, inputs: Searched, flat: _Flat) -> dict[str, Any]:
-    """One kind at its default, and what more or less effort gives."""
+    """One kind with its effort chosen as build-index does, and what more or less gives."""
     chosen = config.model_copy(update={"kind": kind})
     build, _, index = clocked(lambda: make(chosen, inputs.vectors))
+    choosing = 0.0
+    if chooses(chosen, kind):
+        choosing = clocked(lambda: choose_effort(index, chosen, kind, inputs.vectors, inputs.choosing)).seconds
     searcher, k = Searcher(index, chosen, kind), flat.rows.shape[1]
     searcher.search(inputs.queries[:_BLOCK], k)  # once unmeasured
 
@@ -105,7 +109,8 @@ def _ann_row(kind: Kind, config: IndexConfig, inputs: Searched, flat: _Flat) -> 
         took = clocked(lambda: searcher.search(inputs.queries, k, effort))
         return {"setting": searcher.setting(effort, k), **_figures(took, flat)}
 
-    row = {"name": kind, "k": k, "build_seconds": round(build, 2), **at(1), "bytes": serialized_bytes(index)}
+    took = {"build_seconds": round(build, 2), "choose_seconds": round(choosing, 2)}
+    row = {"name": kind, "k": k, **took, **at(1), "bytes": serialized_bytes(index)}
     row["trade_off"] = [at(effort) for effort in EFFORTS]
     print(row, file=sys.stderr, flush=True)
     return row

@@ -19,15 +19,20 @@ from user_tower.sequences import Histories
 DIM, CLUSTERS, NOISE = 384, 1000, 0.7
 JITTER = 0.3  # length of what is added to a unit vector: a cosine of .96 to it
 FAR = 1.0  # the same for a made-up query, which is as far from its items as a user tower's: a cosine of .7
+CHOOSING = 1000
 _BATCH = 512
 Vectors = NDArray[np.float32]
 
 
 class Searched(NamedTuple):
-    """vectors [N, D], queries [Q, D], unit length where the tower's are; source: where both are from."""
+    """vectors [N, D], queries [Q, D], unit length where the tower's are; source: where both are from.
+
+    choosing [C, D]: further queries of the same kind, to choose an index's effort by.
+    """
 
     vectors: Vectors
     queries: Vectors
+    choosing: Vectors
     source: str
 
 
@@ -78,9 +83,10 @@ def _of_a_tower(context: Context, size: int, count: int) -> Searched:
     recommender = TowerRecommender(serving.tower, serving.catalog)
     base = recommender.candidates.cpu().numpy()[serving.available]
     vectors, how = _grown(base, size, np.random.default_rng(0))
-    queries = _tower_queries(context, recommender, serving.item_ids, count)
+    queries = _tower_queries(context, recommender, serving.item_ids, count + CHOOSING)
     snapshot = f"snapshot {serving.snapshot.id}" if serving.snapshot else "the tower's ids"
-    return Searched(vectors, queries, f"{snapshot}: {how}; queries of user tower {serving.record.id}")
+    source = f"{snapshot}: {how}; queries of user tower {serving.record.id}"
+    return Searched(vectors, queries[:count], queries[count:], source)
 
 
 def searched(config: Config) -> Searched:
@@ -103,5 +109,6 @@ def searched(config: Config) -> Searched:
         centres = unit(rng.standard_normal((CLUSTERS, DIM), dtype=np.float32))
         vectors = moved(centres[rng.integers(CLUSTERS, size=size)], NOISE, rng)
         source = f"made up: {CLUSTERS} clusters, noise {NOISE}"
-    queries = moved(vectors[rng.integers(size, size=count)], FAR, rng)
-    return Searched(vectors, queries, f"{source}; queries made up: vectors with jitter {FAR}")
+    queries = moved(vectors[rng.integers(size, size=count + CHOOSING)], FAR, rng)
+    source = f"{source}; queries made up: vectors with jitter {FAR}"
+    return Searched(vectors, queries[:count], queries[count:], source)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from jobs.context import Context, ServingTower, inputs_hash
+from pipeline.ann import resolve_kind
 from pipeline.baselines import TowerRecommender
+from pipeline.effort import chooses
 from pipeline.index import ann_report, build_index, open_index
 from pipeline.splits import queries
 from schemas.errors import DataError, NotFoundError
@@ -20,41 +22,64 @@ from schemas.records import Index
 
 SAMPLE, REPORT_K = 1000, 100
 RESULT = "index.json"
+_NOTHING = np.empty((0, 0), dtype=np.float32)
 _FORMAT = "1"  # of RESULT
 
 
-def _report(
-    context: Context, serving: ServingTower, record: Index, vectors: NDArray[np.float32], rows: NDArray[np.int64]
-) -> dict[str, Any]:
-    """``ann_report`` over a fixed sample of validation histories; or why there is none. rows: catalog row of each
-    vector."""
+class _Sample(NamedTuple):
+    """Validation histories as queries. choosing [C, D]: to choose the index's effort by; queries [Q, D], targets [Q]
+    and seen, rows of the index: to measure it by. none: why there is no query."""
+
+    choosing: NDArray[np.float32]
+    queries: NDArray[np.float32]
+    targets: NDArray[np.int64]
+    seen: list[NDArray[np.int64]] | None
+    none: str | None = None
+
+
+def _no_sample(why: str) -> _Sample:
+    return _Sample(_NOTHING, _NOTHING, np.empty(0, dtype=np.int64), None, why)
+
+
+def _sample(context: Context, serving: ServingTower, rows: NDArray[np.int64]) -> _Sample:
+    """A fixed sample of histories, at most SAMPLE for either use, no history for both. rows: catalog row of each
+    vector of the index."""
+    config = context.config
     try:
-        asked = queries(context.dataset.histories, "valid", context.config.evaluate)
+        asked = queries(context.dataset.histories, "valid", config.evaluate)
     except (NotFoundError, DataError) as error:
-        return {"none": str(error)}
+        return _no_sample(str(error))
     places = {item_id: row for row, item_id in enumerate(serving.item_ids)}
     ids = context.dataset.item_ids
     asked = asked.map_items(np.array([*(places.get(item_id, -1) for item_id in ids), -1], dtype=np.int64))
     usable = np.flatnonzero(asked.histories.lengths)
     if len(usable) == 0:
-        return {"none": "no validation history has an item of the snapshot"}
-    rng = np.random.default_rng(context.config.index.seed)
-    part = asked.select(np.sort(rng.permutation(usable)[:SAMPLE]))
+        return _no_sample("no validation history has an item of the snapshot")
+    open_effort = chooses(config.index, resolve_kind(config.index, len(rows)))
+    choosing = min(SAMPLE, len(usable) // 2) if open_effort else 0
+    order = np.random.default_rng(config.index.seed).permutation(usable)
     recommender = TowerRecommender(serving.tower, serving.catalog)
-    starts = range(0, len(part.targets), 100)
-    found = [
-        recommender.queries(part.histories.select(np.arange(start, min(start + 100, len(part.targets)))))
-        for start in starts
-    ]
+
+    def vectors(users: NDArray[np.int64]) -> NDArray[np.float32]:
+        parts = [
+            recommender.queries(asked.histories.select(users[start : start + 100]))
+            for start in range(0, len(users), 100)
+        ]
+        return torch.cat(parts).cpu().numpy() if parts else _NOTHING
+
+    measured = np.sort(order[choosing : choosing + SAMPLE])
     in_index = np.full(len(serving.item_ids) + 1, -1, dtype=np.int64)
     in_index[rows] = np.arange(len(rows))
-    seen = (
-        None
-        if context.config.evaluate.repeats
-        else [in_index[part.histories.of(u)] for u in range(len(part.targets))]
-    )
+    seen = None if config.evaluate.repeats else [in_index[asked.histories.of(user)] for user in measured]
+    return _Sample(vectors(np.sort(order[:choosing])), vectors(measured), in_index[asked.targets[measured]], seen)
+
+
+def _report(context: Context, record: Index, vectors: NDArray[np.float32], sample: _Sample) -> dict[str, Any]:
+    """``ann_report`` over the sample; or why there is none."""
+    if sample.none is not None:
+        return {"none": sample.none}
     index = open_index(context.store, record, context.config.index)
-    return ann_report(index, vectors, torch.cat(found).cpu().numpy(), in_index[part.targets], REPORT_K, seen)
+    return ann_report(index, vectors, sample.queries, sample.targets, REPORT_K, sample.seen)
 
 
 def _owner(serving: ServingTower) -> str | None:
@@ -108,6 +133,7 @@ def run(context: Context, snapshot: str | None = None, tower: str | None = None)
     rows = np.flatnonzero(serving.available)
     if len(rows) == 0:
         raise DataError(f"none of the {len(serving.item_ids)} items is available; an index would be empty")
+    sample = _sample(context, serving, rows)
     snapshot_id = serving.snapshot.id if serving.snapshot else None
     tags = {"inputs": inputs, "user_tower": serving.record.id, "snapshot": str(snapshot_id)}
     tags["dataset"] = str(_data(context))
@@ -121,9 +147,10 @@ def run(context: Context, snapshot: str | None = None, tower: str | None = None)
             snapshot=snapshot_id,
             item_fingerprint=serving.record.item_fingerprint,
             user_tower=_owner(serving),
+            queries=sample.choosing,
         )
         seconds = round(time.perf_counter() - started, 3)
-        ann = _report(context, serving, record, vectors[rows], rows)
+        ann = _report(context, record, vectors[rows], sample)
         result = {
             "index": record.id,
             "snapshot": record.snapshot,

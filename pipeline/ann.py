@@ -22,7 +22,8 @@ _faiss: Any = faiss  # its stubs lack the constructors with keywords
 Kind = Literal["flat", "ivf-flat", "ivf-pq", "hnsw"]
 AUTO_FLAT = 100_000  # up to here exact search of a batch is as fast as an IVF that finds 95 % (bench retrieve)
 PQ_TRAIN = 39 * 256  # FAISS asks for 39 training points a centroid, and a byte of a code has 256 centroids
-NPROBE = 128  # at 10^6 vectors
+NPROBE = 128  # at 10^6 vectors, where no queries tell
+EF_SEARCH = 256  # the same
 # of k-means: vectors a centroid (FAISS warns below 39; its 256 take six times as long) and rounds (FAISS: 10)
 KMEANS_POINTS, KMEANS_ROUNDS = 40, 6
 GPU_CAP = 2048  # of k and of nprobe, FAISS wiki, "Faiss on the GPU"
@@ -39,16 +40,19 @@ class IndexConfig(BaseModel):
     nlist: int | None = Field(default=None, ge=1)
     """Lists of an IVF; None: 8 sqrt(N), the middle of the FAISS guidelines, and at most N / 39."""
     nprobe: int | None = Field(default=None, ge=1)
-    """Lists that a query reads; None: 128 (10^6 / N)^.3, at least 128 and at most all. Measured with the queries of a
-    user tower, for .95 of the exact 100: 120 of 8,000 lists at 1M vectors (135 of 4,000), 240 of 2,529 at 100,000."""
+    """Lists that a query reads; None: the fewest that find ``recall`` for a sample of validation histories, see
+    ``pipeline/effort.py``; without such histories 128 (10^6 / N)^.3, at least 128 and at most all, which was enough
+    for .95 with the queries of user towers over untuned vectors."""
     pq_bytes: int | None = Field(default=None, ge=1)
     """Bytes of a product-quantised vector, a divisor of D; None: the largest that is at most D / 4."""
     hnsw_links: int = Field(default=32, ge=4)
     """Links of a node (M)."""
     ef_construction: int = Field(default=100, ge=1)
     """Candidates while HNSW is built."""
-    ef_search: int = Field(default=256, ge=1)
-    """Candidates while HNSW is searched; never fewer than k."""
+    ef_search: int | None = Field(default=None, ge=1)
+    """Candidates while HNSW is searched, never fewer than k; None: as ``nprobe``, without histories 256."""
+    recall: float = Field(default=0.95, gt=0, lt=1)
+    """Share of the exact 100 that a chosen nprobe or ef_search finds."""
     seed: int = 1234
     """Of k-means. HNSW links depend on the number of threads as well: two builds may differ."""
     gpu: bool = True
@@ -102,7 +106,7 @@ def make(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
         index = faiss.IndexFlatIP(dim)
     elif kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, config.hnsw_links, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = config.ef_construction, config.ef_search
+        index.hnsw.efConstruction, index.hnsw.efSearch = config.ef_construction, config.ef_search or EF_SEARCH
     else:
         nlist, nprobe = lists(config, count)
         code = "Flat" if kind == "ivf-flat" else f"PQ{pq_bytes(config, dim, count)}"
@@ -164,11 +168,28 @@ class Searcher:
             options.useFloat16 = options.shard = True
             self._gpu = faiss.index_cpu_to_all_gpus(index, options)
 
+    @property
+    def level(self) -> int:
+        """nprobe or efSearch as the index has it; not of ``flat``. Set, it is what ``save`` keeps."""
+        return int(self._cpu.hnsw.efSearch if self.kind == "hnsw" else self._cpu.nprobe)
+
+    @level.setter
+    def level(self, value: int) -> None:
+        if self.kind == "hnsw":
+            self._cpu.hnsw.efSearch = value
+        else:
+            self._cpu.nprobe = value
+
+    @property
+    def highest(self) -> int:
+        """The level at which all is searched."""
+        return int(self._cpu.ntotal if self.kind == "hnsw" else self._cpu.nlist)
+
     def _nprobe(self, effort: float) -> int:
-        return max(1, min(self._cpu.nlist, round(self._cpu.nprobe * effort)))
+        return max(1, min(self.highest, round(self.level * effort)))
 
     def _ef(self, effort: float, k: int) -> int:
-        return max(k, round(self._cpu.hnsw.efSearch * effort))
+        return max(k, round(self.level * effort))
 
     def setting(self, effort: float, k: int) -> str:
         """What an effort means for lists of k, in words; empty for an exact kind."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.ann import Exact, IndexConfig, Searcher, load, make, require_finite, resolve_kind, save
+from pipeline.effort import choose_effort, chooses, intersection
 from pipeline.files import UNREADABLE, next_created_at, record_id, write_file, write_record
 from pipeline.store import Store
 from schemas import tables
@@ -24,7 +25,7 @@ from schemas.hashing import Digest, block_digest, hash_texts
 from schemas.records import Index
 
 __all__ = ["IndexConfig", "OpenIndex", "Retrieved", "ann_report", "build_index", "open_index", "read_blocklist"]
-EFFORTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the trade-off: multiples of the configured nprobe or efSearch
+EFFORTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the trade-off: multiples of the index's nprobe or efSearch
 _CELLS = 1 << 22  # of a search's answer at a time: 48 MiB
 _SETTLED = 2.0  # seconds after which a further write of a file cannot bear the same times
 
@@ -61,7 +62,7 @@ class OpenIndex:
         """The k best for each query [Q, D], without its ``seen`` rows and without ``blocked`` rows.
 
         More than k are fetched; a list that is still short is asked again, four times as wide, until it is full or
-        the whole index was asked for. effort: multiplies the configured nprobe or efSearch. Raises ConfigError (k),
+        the whole index was asked for. effort: multiplies the index's nprobe or efSearch. Raises ConfigError (k),
         DataError (queries that are not finite).
         """
         total = len(self.item_ids)
@@ -108,16 +109,6 @@ def read_blocklist(path: str, index: OpenIndex) -> tuple[NDArray[np.int64], int]
         raise ConfigError(f"--blocklist {path} cannot be read: {error}") from error
     known = sorted(index.rows[item_id] for item_id in lines if item_id in index.rows)
     return np.array(known, dtype=np.int64), len(lines) - len(known)
-
-
-def intersection(found: NDArray[np.int64], exact: NDArray[np.int64]) -> float:
-    """Share of each exact list [Q, k] that the found list [Q, k] holds, mean over the lists that are not empty."""
-    shares = [
-        len(np.intersect1d(a[a >= 0], b[b >= 0])) / (b >= 0).sum()
-        for a, b in zip(found, exact, strict=True)
-        if (b >= 0).any()
-    ]
-    return float(np.mean(shares)) if shares else 1.0
 
 
 def _timed(work: Callable[[], Retrieved]) -> tuple[float, Retrieved]:
@@ -195,21 +186,30 @@ def build_index(
     snapshot: str | None,
     item_fingerprint: str | None,
     user_tower: str | None,
+    queries: NDArray[np.float32] | None = None,
 ) -> tuple[Index, bool]:
     """Publish an index over the candidates, vectors [n, D] as ``UserTower.item_vectors`` gives them.
 
-    Returns the newest index of the same snapshot and tower when it was made from the same vectors, ids and
-    settings, and whether it was there. Raises DataError, ConfigError.
+    queries [Q, D]: choose an nprobe or ef_search that the configuration leaves open (``choose_effort``). Returns the
+    newest index of the same snapshot and tower when it was made from the same vectors, ids, settings and such
+    queries, and whether it was there. Raises DataError, ConfigError.
     """
     require_finite(vectors, "vectors")
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    kind = resolve_kind(config, len(item_ids))
+    asked = queries if queries is not None and len(queries) and chooses(config, kind) else None
     inputs = Digest().add(block_digest(vectors)).add(config.model_dump_json(exclude={"gpu"}))
     for item_id in item_ids:
         inputs.add(item_id)
+    if asked is not None:
+        require_finite(asked, "queries")
+        inputs.add(block_digest(np.ascontiguousarray(asked)))
     existing = store.newest(Index, snapshot=snapshot, user_tower=user_tower)
     if existing and existing.inputs == inputs.hexdigest():
         return existing, True
     index = make(config, vectors)
+    if asked is not None:
+        choose_effort(index, config, kind, vectors, asked)
     created_at = next_created_at(store.all(Index))
     name = record_id(created_at, inputs.hexdigest())
     with store.new(Index, name) as folder:
@@ -218,7 +218,7 @@ def build_index(
         record = Index(
             id=name,
             created_at=created_at,
-            kind=resolve_kind(config, len(item_ids)),
+            kind=kind,
             snapshot=snapshot,
             item_fingerprint=item_fingerprint,
             user_tower=user_tower,

@@ -129,7 +129,7 @@ class Index(Record):
     dim: int
     bytes: int
     checksum: str
-    inputs: str = ""  # hash of vectors, ids and settings
+    inputs: str = ""  # hash of vectors, ids, settings and the queries that a setting was chosen by
 
 
 class UserVectors(Record):
