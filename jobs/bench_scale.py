@@ -29,7 +29,7 @@ from pipeline.joint import JointStep, distinct_texts
 from pipeline.matrix import build_matrix
 from pipeline.store import Store
 from user_tower.model import UserTower
-from user_tower.negatives import NegativeSampler
+from user_tower.negatives import NegativeSampler, draws
 from user_tower.sequences import Batch, Histories, last_events, training_batches
 from user_tower.steps import UserStep
 
@@ -90,7 +90,7 @@ def _user_rates(config: Config, sizes: scale.Sizes) -> dict[str, float]:
     tower = UserTower(settings, sizes.dim, None).to(default_device()).train()
     catalog = tower.catalog(names, vectors, np.arange(_ITEMS))
     device = catalog.groups.device
-    negatives = config.train.negatives or _ITEMS
+    negatives = draws(config.train.negatives, sizes.items) or _ITEMS
     sampler = NegativeSampler(
         torch.arange(_ITEMS, device=device), torch.ones(_ITEMS, device=device), min(negatives, _ITEMS), "uniform"
     )

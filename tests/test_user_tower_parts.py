@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from user_tower.backbones import HSTU, SASRec
 from user_tower.loss import info_nce
 from user_tower.model import UserTower, UserTowerConfig
-from user_tower.negatives import NegativeSampler
+from user_tower.negatives import DRAWS, WHOLE, NegativeSampler
 from user_tower.sequences import Histories, last_events, target_counts, training_batches
 from user_tower.times import TIME_BUCKETS, calendar, time_buckets
+from user_tower.train import TrainConfig
 
 H, HEADS, HISTORY = 8, 2, 6
 
@@ -136,6 +138,31 @@ def test_q_is_how_often_an_item_is_drawn(sampling, count):
 def test_zero_uniform_negatives_are_all_candidates():
     sampler = NegativeSampler(torch.tensor([1, 3, 4]), torch.ones(6), 0, "uniform")
     assert sampler.draw(torch.tensor([0]), 0).rows.tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "count", "sampling", "expected"),
+    [
+        (WHOLE, None, "uniform", WHOLE),
+        (WHOLE + 1, None, "uniform", DRAWS),
+        (WHOLE + 1, 0, "uniform", WHOLE + 1),
+        (WHOLE + 1, 5, "uniform", 5),
+        (WHOLE + 1, None, "mixed", DRAWS),
+    ],
+)
+def test_how_many_stand_against_a_target_follows_the_catalog_unless_it_is_said(candidates, count, sampling, expected):
+    sampler = NegativeSampler(torch.arange(candidates), torch.ones(candidates), count, sampling)
+    rows = sampler.draw(torch.tensor([0]), 0).rows
+    assert len(rows) - expected in ((0, 1) if sampling == "mixed" else (0,))  # mixed: and the batch's own target
+
+
+def test_popularity_always_draws():
+    drawn = NegativeSampler(torch.arange(50), torch.ones(50), None, "popularity").draw(torch.tensor([0]), 0)
+    assert len(drawn.rows) == 50
+    with pytest.raises(
+        ValidationError, match="negatives = 0 is the whole catalog, and sampling = 'popularity' draws"
+    ):
+        TrainConfig(sampling="popularity", negatives=0)
 
 
 @pytest.mark.parametrize(("sampling", "count"), [("popularity", 4), ("in-batch", 0), ("mixed", 4)])

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 Sampling = Literal["uniform", "popularity", "in-batch", "mixed"]
+WHOLE, DRAWS = 16_384, 8_192  # candidates up to which all stand against a target; draws a step beyond
 _LEAST = 1e-12
+
+
+def draws(count: int | None, candidates: int, sampling: Sampling = "uniform") -> int:
+    """Draws a step, 0 for every candidate; a ``count`` of None is left to their number."""
+    if count is not None:
+        return count
+    return 0 if candidates <= WHOLE and sampling != "popularity" else DRAWS
 
 
 class Negatives(NamedTuple):
@@ -25,15 +33,16 @@ class Negatives(NamedTuple):
 class NegativeSampler:
     """Draws the negatives of a step; all positions of the batch share them.
 
-    ``uniform``: ``count`` draws over the candidates, 0 for all of them. ``popularity``: ``count`` draws by training
+    ``uniform``: ``draws`` over the candidates, 0 for all of them. ``popularity``: ``count`` draws by training
     counts. ``in-batch``: the batch's own targets. ``mixed``: those and ``count`` uniform draws. Candidates are a
     set, so q is the probability that at least one draw gives the item: 1 - (1 - p)^draws.
     """
 
-    def __init__(self, candidates: Tensor, counts: Tensor, count: int, sampling: Sampling) -> None:
-        """candidates: int64 [C] rows that may be negatives; counts: [N] how often each item is a training target."""
+    def __init__(self, candidates: Tensor, counts: Tensor, count: int | None, sampling: Sampling) -> None:
+        """candidates: int64 [C] rows that may be negatives; counts: [N] how often each item is a training target;
+        count: as for ``draws``."""
         self.candidates = candidates
-        self.count = count
+        self.count = draws(count, len(candidates), sampling)
         self.sampling = sampling
         self.share = counts.double() / counts.sum().clamp(min=1)  # p of the data
 

@@ -27,7 +27,7 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -71,8 +71,9 @@ class TrainConfig(BaseModel):
     """Validations without a better figure before training stops."""
     validate_every: int = Field(default=1, gt=0)
     """Epochs between validations."""
-    negatives: int = Field(default=0, ge=0)
-    """Negatives drawn a step, shared by its positions; 0 is the whole catalog."""
+    negatives: int | None = Field(default=None, ge=0)
+    """Negatives drawn a step, shared by its positions; 0 is the whole catalog. None: the whole catalog up to 16,384
+    items, 8,192 draws beyond, where its cost is most of a step's."""
     sampling: Sampling = "uniform"
     """``uniform``, ``popularity``, ``in-batch`` (none is drawn) or ``mixed`` (in-batch and uniform); all but the
     first are corrected by logQ."""
@@ -92,6 +93,14 @@ class TrainConfig(BaseModel):
     less memory, more time. Decides no figure."""
     compile: bool = Field(default=False, exclude=True)
     """``torch.compile`` the transformers models in training, for any length of row. The first step takes minutes."""
+
+    @model_validator(mode="after")
+    def _popularity_draws(self) -> TrainConfig:
+        if self.sampling == "popularity" and self.negatives == 0:
+            raise ValueError(
+                "negatives = 0 is the whole catalog, and sampling = 'popularity' draws: ask for 1 or more"
+            )
+        return self
 
 
 @dataclass
