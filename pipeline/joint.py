@@ -33,8 +33,8 @@ class JointConfig(BaseModel):
     user_tower: UserTowerConfig = UserTowerConfig()
     """The small user tower that teaches the Item LLM."""
     train: TrainConfig = TrainConfig(epochs=2, batch_size=64, warmup_steps=10, checkpoint_steps=50)
-    """``learning_rate`` is the user tower's; ``negatives`` are drawn from the catalog beside the batch's items, none by
-    default."""
+    """``learning_rate`` is the user tower's; ``negatives`` are drawn from the catalog beside the batch's items, by
+    default none."""
     warmup_epochs: int = Field(default=6, ge=0)
     """Epochs of the small user tower alone, on the untuned vectors, before the two are tuned together: cheap, and
     the Item LLM then learns from a tower that already predicts something."""
@@ -60,8 +60,8 @@ def distinct_texts(
     """What a step encodes: catalog rows that it needs; of which of them each distinct text is read; the text of each
     row.
 
-    groups: [N], as in ``JointStep``; negatives: drawn from the
-    catalog beside the batch's items, None for none.
+    groups: [N], as in ``JointStep``; negatives: drawn from the catalog beside the batch's items, None
+    for none.
     """
     real = batch.targets >= 0
     needed = [batch.items[real], batch.targets[real]]
