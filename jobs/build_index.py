@@ -21,6 +21,7 @@ from schemas.errors import DataError, NotFoundError
 from schemas.records import Index
 
 SAMPLE, REPORT_K = 1000, 100
+LEAST = 50  # histories from which they tell how far to search
 RESULT = "index.json"
 _NOTHING = np.empty((0, 0), dtype=np.float32)
 _FORMAT = "1"  # of RESULT
@@ -55,8 +56,9 @@ def _sample(context: Context, serving: ServingTower, rows: NDArray[np.int64]) ->
     usable = np.flatnonzero(asked.histories.lengths)
     if len(usable) == 0:
         return _no_sample("no validation history has an item of the snapshot")
-    open_effort = chooses(config.index, resolve_kind(config.index, len(rows)))
-    choosing = min(SAMPLE, len(usable) // 2) if open_effort else 0
+    choosing = min(SAMPLE, len(usable) // 2)
+    if choosing < LEAST or not chooses(config.index, resolve_kind(config.index, len(rows))):
+        choosing = 0
     order = np.random.default_rng(config.index.seed).permutation(usable)
     recommender = TowerRecommender(serving.tower, serving.catalog)
 

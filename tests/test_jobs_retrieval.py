@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from jobs import build_index
 from jobs.bench import BENCHES
 from jobs.bench_vectors import random_cuts
 from jobs.config import load_config
@@ -54,6 +55,23 @@ def test_blocklist_fallback_and_report(workspace, embed_here, tmp_path):
     )
     every = workspace.run("recommend", "--user", "nobody", "--k", "23")
     assert "i3" not in [item["item_id"] for item in every["items"]]
+
+
+def test_half_of_the_validation_histories_choose_how_far_to_search(workspace, embed_here, monkeypatch):
+    workspace.toml.write_text(workspace.toml.read_text() + '[item_tower]\nuse = "base"\n')
+    for command in ("prepare-data", "embed-items", "train-user"):
+        workspace.run(command, *(("--set", "train.epochs=1") if command == "train-user" else ()))
+    lists = ("--set", "index.kind=ivf-flat", "--set", "index.nlist=8")
+    few = workspace.run("build-index", *lists)["ann"]  # 30 of 60 are too few to tell
+    assert (few["queries"], few["setting"], few["ann_loss"]) == (60, "nprobe 8", 0.0)
+    monkeypatch.setattr(build_index, "LEAST", 30)
+    by_queries = [workspace.run("build-index", *lists, "--set", f"index.recall={share}") for share in (0.5, 0.99)]
+    assert [found["ann"]["queries"] for found in by_queries] == [30, 30]
+    settings = [int(found["ann"]["setting"].removeprefix("nprobe ")) for found in by_queries]
+    assert settings[0] < settings[1] == 8
+    assert by_queries[0]["ann"]["ann_loss"] <= 0.5
+    fixed = workspace.run("build-index", *lists, "--set", "index.nprobe=2")["ann"]
+    assert (fixed["queries"], fixed["setting"]) == (60, "nprobe 2")
 
 
 def test_bench_retrieve_prints_its_rows_and_ratios(tmp_path):
