@@ -44,6 +44,23 @@ def test_rows_with_one_budget_and_a_resumed_run(workspace, embed_here, folder, m
     assert again["rows"] == result["rows"]
 
 
+def test_rows_of_another_item_tower_are_embedded_beside_it_in_any_order(workspace, embed_here, folder):
+    arguments = [
+        "--data",
+        folder,
+        "--budget-minutes",
+        "0",
+        *SETS,
+        "--only",
+        "frozen-cache",
+        "--set",
+        "embed.full_from=0",
+    ]
+    first = workspace.run("paper-table", *arguments, "--set", "template.prompt='about: '")
+    second = workspace.run("paper-table", *arguments)
+    assert first["rows"][0]["run_id"] != second["rows"][0]["run_id"]
+
+
 @pytest.mark.slow
 def test_the_whole_grid_chooses_on_validation(workspace, embed_here, folder):
     result = workspace.run(
