@@ -258,11 +258,12 @@ def test_a_decoder_with_an_item_token_runs_the_same_path(workspace, embed_here, 
 
 def test_a_tower_of_text_and_ids_that_reads_times_solves_the_board_too(workspace, embed_here):
     sets = (
-        "--set", "item_tower.use=base", "--set", "user_tower.backbone=hstu", "--set", "user_tower.features=text+id",
+        "--set", "user_tower.backbone=hstu", "--set", "user_tower.features=text+id",
         "--set", "user_tower.timestamps=true", "--set", "train.sampling=mixed", "--set", "train.negatives=12",
         "--set", "train.epochs=16", "--set", "train.patience=16",
     )  # fmt: skip
     workspace.run("prepare-data")
+    workspace.run("tune-items", *sets)
     workspace.run("embed-items", *sets)
     workspace.run("train-user", *sets)
     assert workspace.run("evaluate", *sets)["metrics"]["recall@1"] >= 0.95  # chance is 1 of 12

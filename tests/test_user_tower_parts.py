@@ -18,7 +18,7 @@ from user_tower.loss import info_nce
 from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import DRAWS, WHOLE, NegativeSampler
 from user_tower.sequences import Histories, last_events, target_counts, training_batches
-from user_tower.times import TIME_BUCKETS, calendar, time_buckets
+from user_tower.times import TIME_BUCKETS, TimeFeatures, calendar, time_buckets
 from user_tower.train import TrainConfig
 
 H, HEADS, HISTORY = 8, 2, 6
@@ -103,6 +103,23 @@ def test_time_buckets_double():
     seconds = torch.tensor([0, 1, 2, 3, 4, 7, 8, 3600, 2**40])
     assert time_buckets(seconds * 1000).tolist() == [0, 0, 2, 2, 3, 3, 4, 12, TIME_BUCKETS - 1]
     assert time_buckets(-seconds * 1000).tolist() == time_buckets(seconds * 1000).tolist()
+
+
+def test_a_year_that_training_never_met_says_nothing():
+    torch.manual_seed(0)
+    features = TimeFeatures(4)
+    optimizer = torch.optim.AdamW(features.parameters(), lr=0.1, weight_decay=0.1)
+    met, new_year = (torch.tensor([[int(datetime.datetime(year, 5, 3, 7, tzinfo=datetime.UTC).timestamp() * 1000)]])
+                     for year in (2025, 2026))  # fmt: skip
+    for _ in range(3):
+        optimizer.zero_grad()
+        (features(met).sum() - 1).square().backward()
+        optimizer.step()
+    year, *others = (part.weight for part in features.parts)
+    assert year[2025 - 1995].abs().min() > 0.01
+    assert year[2026 - 1995].abs().max() == 0
+    weekday = others[2]
+    torch.testing.assert_close(features(new_year), features(met) - year[30] - weekday[5])  # a Saturday, then a Sunday
 
 
 def test_times_follow_their_events():

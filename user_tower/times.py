@@ -37,14 +37,17 @@ def calendar(milliseconds: Tensor) -> Tensor:
 
 
 class TimeFeatures(nn.Module):
-    """The time of an event as a vector: its calendar parts (paper, table 12) and the time since the event before."""
+    """The time of an event as a vector: its calendar parts (paper, table 12) and the time since the event before.
+
+    All start at zero, so that a part that training never met, such as a year that has just begun, says nothing.
+    """
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         sizes = (_YEARS, 12, 31, 7, 24, TIME_BUCKETS)
         parts = [nn.Embedding(size, hidden) for size in sizes]
         for part in parts:
-            nn.init.normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.weight)
         self.parts = nn.ModuleList(parts)
 
     def forward(self, times_BT: Tensor) -> Tensor:
