@@ -97,6 +97,8 @@ def test_an_epoch_draws_some_contexts_of_each_user_with_all_their_examples():
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_score_depends_on_its_own_context_and_candidate_alone(fusion, backbone):
     ranker, catalog = make_ranker(fusion, backbone=backbone, timestamps=True)
+    for weight in ranker.parameters():  # time features start at zero, and so must not here
+        weight.data.add_(torch.randn(weight.shape) * 0.05)
     examples, scorer = make_examples(), CandidateScorer(ranker, catalog)
     together = scorer.score(examples, 64, 64)
     alone = np.concatenate([scorer.score(examples.select(np.array([n])), 1, 1) for n in range(60)])
