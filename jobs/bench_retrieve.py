@@ -109,8 +109,8 @@ def _ann_row(kind: Kind, config: IndexConfig, inputs: Searched, flat: _Flat) -> 
         took = clocked(lambda: searcher.search(inputs.queries, k, effort))
         return {"setting": searcher.setting(effort, k), **_figures(took, flat)}
 
-    took = {"build_seconds": round(build, 2), "choose_seconds": round(choosing, 2)}
-    row = {"name": kind, "k": k, **took, **at(1), "bytes": serialized_bytes(index)}
+    made = {"build_seconds": round(build, 2), "choose_seconds": round(choosing, 2)}
+    row = {"name": kind, "k": k, **made, **at(1), "bytes": serialized_bytes(index)}
     row["trade_off"] = [at(effort) for effort in EFFORTS]
     print(row, file=sys.stderr, flush=True)
     return row

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from jobs.config import Config, local_store
 from jobs.context import Context
+from jobs.train_user import catalog_rows
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import open_snapshot
 from pipeline.store import open_store
@@ -19,7 +20,7 @@ from user_tower.sequences import Histories
 DIM, CLUSTERS, NOISE = 384, 1000, 0.7
 JITTER = 0.3  # length of what is added to a unit vector: a cosine of .96 to it
 FAR = 1.0  # the same for a made-up query, which is as far from its items as a user tower's: a cosine of .7
-CHOOSING = 1000
+CHOOSING = 1000  # queries that an index's effort is chosen by
 _BATCH = 512
 Vectors = NDArray[np.float32]
 
@@ -67,9 +68,7 @@ def random_cuts(histories: Histories, count: int, rng: np.random.Generator) -> H
 
 
 def _tower_queries(context: Context, recommender: TowerRecommender, item_ids: list[str], count: int) -> Vectors:
-    places = {item_id: row for row, item_id in enumerate(item_ids)}
-    rows = np.array([places.get(item_id, -1) for item_id in context.dataset.item_ids], dtype=np.int64)
-    known = context.dataset.histories.map_items(rows)
+    known = context.dataset.histories.map_items(catalog_rows(context.dataset.item_ids, item_ids))
     asked = random_cuts(known, count, np.random.default_rng(1))
     parts = [
         recommender.queries(asked.select(np.arange(start, min(start + _BATCH, count)))).cpu()

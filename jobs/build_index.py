@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from jobs.context import Context, ServingTower, inputs_hash
+from jobs.train_user import catalog_rows
 from pipeline.ann import resolve_kind
 from pipeline.baselines import TowerRecommender
 from pipeline.effort import chooses
@@ -23,63 +24,59 @@ from schemas.records import Index
 SAMPLE, REPORT_K = 1000, 100
 LEAST = 50  # histories from which they tell how far to search
 RESULT = "index.json"
-_NOTHING = np.empty((0, 0), dtype=np.float32)
 _FORMAT = "1"  # of RESULT
 
 
 class _Sample(NamedTuple):
-    """Validation histories as queries. choosing [C, D]: to choose the index's effort by; queries [Q, D], targets [Q]
-    and seen, rows of the index: to measure it by. none: why there is no query."""
+    """Validation histories as queries. choosing: [C, D] to choose the index's effort by, or None; queries [Q, D],
+    targets [Q] and seen, rows of the index: to measure it by."""
 
-    choosing: NDArray[np.float32]
+    choosing: NDArray[np.float32] | None
     queries: NDArray[np.float32]
     targets: NDArray[np.int64]
     seen: list[NDArray[np.int64]] | None
-    none: str | None = None
 
 
-def _no_sample(why: str) -> _Sample:
-    return _Sample(_NOTHING, _NOTHING, np.empty(0, dtype=np.int64), None, why)
-
-
-def _sample(context: Context, serving: ServingTower, rows: NDArray[np.int64]) -> _Sample:
-    """A fixed sample of histories, at most SAMPLE for either use, no history for both. rows: catalog row of each
-    vector of the index."""
+def _sample(
+    context: Context, serving: ServingTower, recommender: TowerRecommender, rows: NDArray[np.int64]
+) -> _Sample | str:
+    """A fixed sample of histories, at most SAMPLE for either use, no history for both; or why there is none. rows:
+    catalog row of each vector of the index."""
     config = context.config
     try:
         asked = queries(context.dataset.histories, "valid", config.evaluate)
     except (NotFoundError, DataError) as error:
-        return _no_sample(str(error))
-    places = {item_id: row for row, item_id in enumerate(serving.item_ids)}
-    ids = context.dataset.item_ids
-    asked = asked.map_items(np.array([*(places.get(item_id, -1) for item_id in ids), -1], dtype=np.int64))
+        return str(error)
+    asked = asked.map_items(catalog_rows(context.dataset.item_ids, serving.item_ids))
     usable = np.flatnonzero(asked.histories.lengths)
     if len(usable) == 0:
-        return _no_sample("no validation history has an item of the snapshot")
+        return "no validation history has an item of the snapshot"
     choosing = min(SAMPLE, len(usable) // 2)
     if choosing < LEAST or not chooses(config.index, resolve_kind(config.index, len(rows))):
         choosing = 0
     order = np.random.default_rng(config.index.seed).permutation(usable)
-    recommender = TowerRecommender(serving.tower, serving.catalog)
 
     def vectors(users: NDArray[np.int64]) -> NDArray[np.float32]:
-        parts = [
-            recommender.queries(asked.histories.select(users[start : start + 100]))
-            for start in range(0, len(users), 100)
-        ]
-        return torch.cat(parts).cpu().numpy() if parts else _NOTHING
+        starts = range(0, len(users), 100)
+        parts = [recommender.queries(asked.histories.select(users[start : start + 100])) for start in starts]
+        return torch.cat(parts).cpu().numpy()
 
     measured = np.sort(order[choosing : choosing + SAMPLE])
     in_index = np.full(len(serving.item_ids) + 1, -1, dtype=np.int64)
     in_index[rows] = np.arange(len(rows))
     seen = None if config.evaluate.repeats else [in_index[asked.histories.of(user)] for user in measured]
-    return _Sample(vectors(np.sort(order[:choosing])), vectors(measured), in_index[asked.targets[measured]], seen)
+    return _Sample(
+        vectors(np.sort(order[:choosing])) if choosing else None,
+        vectors(measured),
+        in_index[asked.targets[measured]],
+        seen,
+    )
 
 
-def _report(context: Context, record: Index, vectors: NDArray[np.float32], sample: _Sample) -> dict[str, Any]:
+def _report(context: Context, record: Index, vectors: NDArray[np.float32], sample: _Sample | str) -> dict[str, Any]:
     """``ann_report`` over the sample; or why there is none."""
-    if sample.none is not None:
-        return {"none": sample.none}
+    if isinstance(sample, str):
+        return {"none": sample}
     index = open_index(context.store, record, context.config.index)
     return ann_report(index, vectors, sample.queries, sample.targets, REPORT_K, sample.seen)
 
@@ -123,19 +120,19 @@ def _finished(context: Context, serving: ServingTower, inputs: str) -> dict[str,
 def run(context: Context, snapshot: str | None = None, tower: str | None = None) -> dict[str, Any]:
     """Build, publish, measure, log. What a finished run of the same inputs made is answered again, with no new run.
 
-    Raises NotFoundError, FingerprintMismatchError, DataError.
+    Raises NotFoundError, FingerprintMismatchError, DataError, EmbeddingError (vectors that are not finite).
     """
     started = time.perf_counter()
     serving = context.serving_tower(snapshot, tower)
     inputs = _inputs(context, serving)
     if (finished := _finished(context, serving, inputs)) is not None:
         return finished
-    with torch.inference_mode():
-        vectors = serving.tower.item_vectors(serving.catalog).float().cpu().numpy()
     rows = np.flatnonzero(serving.available)
     if len(rows) == 0:
         raise DataError(f"none of the {len(serving.item_ids)} items is available; an index would be empty")
-    sample = _sample(context, serving, rows)
+    recommender = TowerRecommender(serving.tower, serving.catalog)
+    vectors = recommender.candidates.cpu().numpy()[rows]
+    sample = _sample(context, serving, recommender, rows)
     snapshot_id = serving.snapshot.id if serving.snapshot else None
     tags = {"inputs": inputs, "user_tower": serving.record.id, "snapshot": str(snapshot_id)}
     tags["dataset"] = str(_data(context))
@@ -145,14 +142,14 @@ def run(context: Context, snapshot: str | None = None, tower: str | None = None)
             context.store,
             context.config.index,
             [serving.item_ids[row] for row in rows],
-            vectors[rows],
+            vectors,
             snapshot=snapshot_id,
             item_fingerprint=serving.record.item_fingerprint,
             user_tower=_owner(serving),
-            queries=sample.choosing,
+            queries=None if isinstance(sample, str) else sample.choosing,
         )
         seconds = round(time.perf_counter() - started, 3)
-        ann = _report(context, record, vectors[rows], sample)
+        ann = _report(context, record, vectors, sample)
         result = {
             "index": record.id,
             "snapshot": record.snapshot,

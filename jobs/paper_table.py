@@ -105,11 +105,10 @@ def _rows(toml: str, data: str | None, sets: list[str], budget: float, names: tu
         if name in BASELINES:
             rows.append(Row(name, evaluate.run(Context(settings))))
             continue
-        if name == "frozen-cache":
-            embed_items.run(Context(settings), allow_full=True)
         if name == "tuned-cache":
             tuned = tune_items.run(Context(settings))
             _say(f"tune-items: {tuned['steps']} steps, valid {tuned['valid'].get(settings.evaluate.metric)}")
+        if name in ("frozen-cache", "tuned-cache"):
             embed_items.run(Context(settings), allow_full=True)
         rows.append(_trained_row(settings, budget, ledger))
     return rows

@@ -197,7 +197,7 @@ def build_index(
     require_finite(vectors, "vectors")
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     kind = resolve_kind(config, len(item_ids))
-    asked = queries if queries is not None and len(queries) and chooses(config, kind) else None
+    asked = queries if chooses(config, kind) else None
     inputs = Digest().add(block_digest(vectors)).add(config.model_dump_json(exclude={"gpu"}))
     for item_id in item_ids:
         inputs.add(item_id)

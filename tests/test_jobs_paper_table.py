@@ -45,17 +45,8 @@ def test_rows_with_one_budget_and_a_resumed_run(workspace, embed_here, folder, m
 
 
 def test_rows_of_another_item_tower_are_embedded_beside_it_in_any_order(workspace, embed_here, folder):
-    arguments = [
-        "--data",
-        folder,
-        "--budget-minutes",
-        "0",
-        *SETS,
-        "--only",
-        "frozen-cache",
-        "--set",
-        "embed.full_from=0",
-    ]
+    rows = ("--only", "frozen-cache", "--set", "embed.full_from=0")
+    arguments = ["--data", folder, "--budget-minutes", "0", *SETS, *rows]
     first = workspace.run("paper-table", *arguments, "--set", "template.prompt='about: '")
     second = workspace.run("paper-table", *arguments)
     assert first["rows"][0]["run_id"] != second["rows"][0]["run_id"]

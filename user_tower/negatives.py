@@ -33,7 +33,7 @@ class Negatives(NamedTuple):
 class NegativeSampler:
     """Draws the negatives of a step; all positions of the batch share them.
 
-    ``uniform``: ``draws`` over the candidates, 0 for all of them. ``popularity``: ``count`` draws by training
+    ``uniform``: ``count`` draws over the candidates, 0 for all of them. ``popularity``: ``count`` draws by training
     counts. ``in-batch``: the batch's own targets. ``mixed``: those and ``count`` uniform draws. Candidates are a
     set, so q is the probability that at least one draw gives the item: 1 - (1 - p)^draws.
     """
