@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,7 +36,7 @@ from pipeline.splits import training_part
 from schemas.errors import ConfigError
 from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import NegativeSampler
-from user_tower.sequences import Batch, Histories, training_batches
+from user_tower.sequences import Batch, Batches, Histories, training_batches
 from user_tower.steps import UserStep
 from user_tower.train import TrainConfig, fit
 
@@ -92,19 +93,33 @@ def id_step(item_ids: list[str]) -> UserStep:
     return UserStep(tower, catalog, NegativeSampler(candidates, torch.ones_like(candidates), 0, "uniform"))
 
 
+@dataclass(frozen=True)
+class _UntilTime:
+    """Batches of epoch after epoch as the one epoch of ``fit``, until the watch has seen enough."""
+
+    watch: Stopwatch
+    epoch: Callable[[], Batches[Batch]]
+
+    def __len__(self) -> int:
+        return len(self.epoch())  # of the first; it steers a learning rate, which is constant here
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.watch.batches(self.epoch, lambda batch: batch.positions)
+
+
 def ours(training: Histories, item_ids: list[str]) -> Measure:
     """batch size, seconds -> what was measured, as of a peer: ``user_tower.train.fit`` without its validation."""
 
     def measure(batch_size: int, seconds: float) -> dict[str, Any]:
         step, watch, rng = id_step(item_ids), Stopwatch(seconds), np.random.default_rng(0)
 
-        def epoch() -> Iterator[Batch]:
+        def epoch() -> Batches[Batch]:
             return training_batches(training, HISTORY, batch_size, rng)
 
         fit(
             step,
             [{"params": list(step.parameters())}],
-            lambda _: watch.batches(epoch, lambda batch: batch.positions),
+            lambda _: _UntilTime(watch, epoch),
             lambda: {"none": 0.0},
             TrainConfig(epochs=1, batch_size=batch_size),
             name=f"ours x {batch_size}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from user_tower.candidates import CandidateBatch, Examples, candidate_batches
 from user_tower.model import UserTower
 from user_tower.negatives import NegativeSampler
 from user_tower.ranking import CandidateScorer, Ranker, RankingStep
-from user_tower.sequences import IntArray, target_counts
+from user_tower.sequences import Batches, IntArray, target_counts
 from user_tower.train import FitResult, fit, is_main_process
 
 METRIC = "auc"
@@ -77,7 +76,7 @@ def _train(
     sampler = NegativeSampler(candidates, counts, config.train.negatives, config.train.sampling)
     step = RankingStep(ranker, catalog, sampler, settings.next_item_weight, config.train)
 
-    def batches(epoch: int) -> Iterable[CandidateBatch]:
+    def batches(epoch: int) -> Batches[CandidateBatch]:
         seed = [config.train.seed, epoch]
         own = epoch_examples(training, features.available, settings, seed)
         rng = np.random.default_rng(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from schemas.records import ItemTower, Snapshot, UserTower
 from user_tower.model import UserTower as UserTowerModel
 from user_tower.model import UserTowerConfig
 from user_tower.negatives import NegativeSampler
-from user_tower.sequences import Batch, IntArray, target_counts, training_batches
+from user_tower.sequences import Batch, Batches, IntArray, target_counts, training_batches
 from user_tower.steps import UserStep
 from user_tower.train import FitResult, fit, is_main_process
 
@@ -168,7 +167,7 @@ def _train(
     sampler = NegativeSampler(candidates, counts, config.train.negatives, config.train.sampling)
     step = UserStep(tower, catalog, sampler, config.train)
 
-    def batches(epoch: int) -> Iterable[Batch]:
+    def batches(epoch: int) -> Batches[Batch]:
         rng = np.random.default_rng([config.train.seed, epoch])
         return training_batches(training, config.user_tower.history, config.train.batch_size, rng)
 

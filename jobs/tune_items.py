@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from schemas.records import ItemTower
 from user_tower.lora import add_lora, merge_lora
 from user_tower.model import Catalog, UserTower
 from user_tower.negatives import NegativeSampler
-from user_tower.sequences import Batch, Histories, training_batches
+from user_tower.sequences import Batch, Batches, Histories, training_batches
 from user_tower.steps import UserStep
 from user_tower.train import FitResult, fit, has_checkpoint, is_main_process
 
@@ -88,7 +87,7 @@ def _tune(context: Context, encoder: ItemEncoder, corpus: Corpus, checkpoints: P
     groups = torch.from_numpy(corpus.groups)
     token_ids = encoder.tokenise(corpus.texts).input_ids
 
-    def batches(epoch: int) -> Iterable[Batch]:
+    def batches(epoch: int) -> Batches[Batch]:
         rng = np.random.default_rng([config.train.seed, epoch])
         return training_batches(corpus.training, config.user_tower.history, config.train.batch_size, rng)
 

@@ -44,7 +44,7 @@ def joint_step(encoder: ItemEncoder, shape: dict = SHAPE, **settings) -> JointSt
 
 
 def one_batch(seed: int = 0) -> Batch:
-    return next(training_batches(histories(), 8, 12, np.random.default_rng(seed)))
+    return next(iter(training_batches(histories(), 8, 12, np.random.default_rng(seed))))
 
 
 def gradients(step: JointStep, batch: Batch, rank: int = 0, world: int = 1) -> tuple[float, dict[str, torch.Tensor]]:

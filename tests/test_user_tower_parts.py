@@ -128,7 +128,7 @@ def test_times_follow_their_events():
     assert events.select(np.array([1, 0])).times.tolist() == [30, 40, 0, 10, 20]
     assert events.map_items(np.array([0, -1, 2, 3, -1])).times.tolist() == [0, 20, 30]
     assert last_events(events, 2).times.tolist() == [[10, 20], [30, 40]]
-    batch = next(training_batches(events, 4, 2, np.random.default_rng(0)))
+    batch = next(iter(training_batches(events, 4, 2, np.random.default_rng(0))))
     assert sorted(batch.times.tolist()) == [[0, 10], [30, 0]]
     assert events.times_of(1).tolist() == [30, 40]
     assert target_counts(events, 6).tolist() == [0, 1, 1, 0, 1, 0]

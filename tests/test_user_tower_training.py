@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, get_cosine_schedule_with_warmup
 
 from schemas.errors import ConfigError, TrainingError
 from user_tower.lora import LoraSettings
 from user_tower.model import UserTower, UserTowerConfig
 from user_tower.negatives import NegativeSampler
-from user_tower.sequences import Histories, training_batches
+from user_tower.sequences import Batches, Histories, training_batches
 from user_tower.steps import UserStep
 from user_tower.train import TrainConfig, fit, has_checkpoint, is_main_process
 
@@ -50,12 +50,16 @@ def train(checkpoints, die_at: int | None = None, features: str = "text+id", **s
     drawn = 0
 
     def batches(epoch):
-        nonlocal drawn
-        for batch in training_batches(histories(), 6, 4, np.random.default_rng(epoch)):
+        whole = training_batches(histories(), 6, 4, np.random.default_rng(epoch))
+
+        def make(rows):
+            nonlocal drawn
             if drawn == die_at:
                 raise Killed
             drawn += 1
-            yield batch
+            return whole.make(rows)
+
+        return Batches(whole.cuts, make)
 
     def validate():
         return {"recall@10": float(tower.ids.weight.detach().sum())}
@@ -79,14 +83,65 @@ def test_a_killed_training_ends_in_the_weights_of_one_that_was_not(tmp_path, kil
     assert (again.fingerprint(), same.steps) == (whole.fingerprint(), expected.steps)
 
 
-def test_max_steps_and_early_stopping_are_remembered(tmp_path):
-    for settings in ({"max_steps": 7}, {"patience": 1}):
+def test_max_steps_early_stopping_and_the_learning_rate_are_remembered(tmp_path):
+    for settings in ({"max_steps": 7}, {"patience": 1}, {"decay": 0.7}, {"decay": 1.0, "max_steps": 7}):
         whole, expected = train(None, **settings)
         folder = tmp_path / str(settings)
         with pytest.raises(Killed):
             train(folder, die_at=5, **settings)
         resumed, result = train(folder, **settings)
         assert (result.steps, resumed.fingerprint()) == (expected.steps, whole.fingerprint())
+
+
+class Falling(torch.nn.Module):
+    """A weight whose gradient is always 1: AdamW takes the learning rate off it, to rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.before = []
+
+    def forward(self, batch, own, seed):
+        self.before.append(self.weight.item())
+        return self.weight.sum()
+
+
+def rates(epochs: int, users: list[int], **settings) -> np.ndarray:
+    """The learning rate of each step; epoch e is of so many users, in batches of two."""
+    step = Falling()
+    fit(
+        step,
+        [{"params": list(step.parameters())}],
+        lambda epoch: training_batches(histories(users[epoch]), 20, 2, np.random.default_rng(0)),
+        lambda: {"fallen": -step.weight.item()},  # the last weights are the best
+        TrainConfig(epochs=epochs, weight_decay=0.0, patience=epochs, precision="float32", **settings),
+        name="t",
+        metric="fallen",
+    )
+    return -np.diff([*step.before, step.weight.item()])
+
+
+@pytest.mark.parametrize(("epochs", "max_steps"), [(5, None), (50, 20)])
+def test_the_learning_rate_falls_as_in_the_paper_s_code(epochs, max_steps):
+    """Against the same schedule of transformers, after whose ramp the cosine begins at once."""
+    found = rates(epochs, [8] * epochs, learning_rate=1e-2, warmup_steps=0, decay=1.0, max_steps=max_steps)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, 20)
+    expected = []
+    for _ in range(20):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(np.array(expected), rel=1e-5)
+
+
+def test_the_learning_rate_rises_stays_and_falls_in_its_last_share():
+    found = rates(4, [8, 8, 8, 16], learning_rate=1e-2, warmup_steps=3, decay=0.25) / 1e-2
+    assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1], rel=1e-5)
+    assert found[4:12] == pytest.approx(np.ones(8), rel=1e-5)
+    last = 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))  # the last quarter is the last epoch, however long
+    assert found[12:] == pytest.approx(last, rel=1e-5)
+    assert rates(2, [8, 8], learning_rate=1e-2, warmup_steps=0) == pytest.approx(np.full(8, 1e-2), rel=1e-5)
 
 
 def test_a_damaged_checkpoint_is_named_and_half_a_one_is_not_there(tmp_path):
@@ -222,7 +277,7 @@ catalog = tower.catalog([str(n) for n in range(N)], rng.normal(size=(N, 384)), n
 step = UserStep(tower, catalog, NegativeSampler(torch.arange(N), torch.ones(N), 0, "uniform")).train()
 events = Histories([str(n) for n in range(8)], np.arange(9) * 1001, rng.integers(0, N, 8 * 1001))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-batch = next(training_batches(events, 1000, 8, rng))
+batch = next(iter(training_batches(events, 1000, 8, rng)))
 assert batch.positions == 8000
 step(batch, batch, 0).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)

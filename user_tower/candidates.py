@@ -5,14 +5,13 @@ Shapes: U users, P examples, B contexts of a batch (a context is a history up to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from user_tower.sequences import Batch, Histories, IntArray, context_batch
+from user_tower.sequences import Batch, Batches, Histories, IntArray, context_batch
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def draw_contexts(examples: Examples, count: int, rng: np.random.Generator) -> E
 
 def candidate_batches(
     examples: Examples, length: int, contexts: int, most: int, rng: np.random.Generator | None = None
-) -> Iterator[CandidateBatch]:
+) -> Batches[CandidateBatch]:
     """Batches of so many contexts of similar length, shuffled under ``rng``.
 
     length: events of a context, the newest; most: candidates of one context in a batch, more are divided among
@@ -121,8 +120,9 @@ def candidate_batches(
         chunk = ranked[start : start + pool]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         cuts += [chunk[at : at + contexts] for at in range(0, len(chunk), contexts)]
-    for number in rng.permutation(len(cuts)) if rng else range(len(cuts)):
-        yield _batch(examples, order, starts, cuts[number], length)
+    if rng:
+        cuts = [cuts[number] for number in rng.permutation(len(cuts))]
+    return Batches(cuts, lambda rows: _batch(examples, order, starts, rows, length))
 
 
 def _batch(examples: Examples, order: IntArray, starts: IntArray, rows: IntArray, length: int) -> CandidateBatch:

@@ -5,14 +5,32 @@ Shapes: U users, E events of all users, B windows of a batch, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+Made = TypeVar("Made", covariant=True)
+
+
+@dataclass(frozen=True)
+class Batches(Generic[Made]):
+    """The batches of one epoch, made one at a time; their number is known before.
+
+    cuts: the rows of each batch, in the order of the epoch; make: rows to batch.
+    """
+
+    cuts: list[IntArray]
+    make: Callable[[IntArray], Made]
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __iter__(self) -> Iterator[Made]:
+        return map(self.make, self.cuts)
 
 
 @dataclass(frozen=True)
@@ -139,7 +157,7 @@ def training_windows(histories: Histories, length: int, rng: np.random.Generator
     return np.array(windows, dtype=np.int64).reshape(-1, 2)
 
 
-def training_batches(histories: Histories, length: int, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
+def training_batches(histories: Histories, length: int, batch_size: int, rng: np.random.Generator) -> Batches[Batch]:
     """One epoch of shuffled batches of windows of similar length, so that little is padding."""
     windows = training_windows(histories, length, rng)
     order = rng.permutation(len(windows))
@@ -149,9 +167,11 @@ def training_batches(histories: Histories, length: int, batch_size: int, rng: np
         chunk = order[start : start + pool]
         chunk = chunk[np.argsort(windows[chunk, 1] - windows[chunk, 0], kind="stable")]
         cuts += [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
-    for number in rng.permutation(len(cuts)):
-        chosen = windows[cuts[number]]
-        yield _pad(histories, chosen[:, 0], chosen[:, 1], with_targets=True)
+
+    def make(rows: IntArray) -> Batch:
+        return _pad(histories, windows[rows, 0], windows[rows, 1], with_targets=True)
+
+    return Batches([cuts[number] for number in rng.permutation(len(cuts))], make)
 
 
 def _pad(histories: Histories, starts: IntArray, ends: IntArray, with_targets: bool) -> Batch:

@@ -12,7 +12,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -53,6 +53,14 @@ class StepBatch(Protocol):
         ...
 
 
+class EpochBatches(Protocol):
+    """The batches of one epoch, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[StepBatch]: ...
+
+
 class TrainConfig(BaseModel):
     """How long and how fast to train."""
 
@@ -66,6 +74,9 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=50, ge=0)
+    decay: float = Field(default=0.0, ge=0, le=1)
+    """The last share of ``epochs``, or of ``max_steps``, in which the learning rate falls to zero along half a
+    cosine: 1 is the schedule of the paper's code, 0 keeps the rate. It wants ``epochs`` that training does take."""
     clip_norm: float = Field(default=1.0, gt=0)
     patience: int = Field(default=5, gt=0)
     """Validations without a better figure before training stops."""
@@ -163,9 +174,19 @@ def step_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def rate_factor(steps: int, done: float, config: TrainConfig) -> float:
+    """What a learning rate is multiplied by for the step after so many: a linear ramp, and half a cosine at the end.
+
+    done: share of the training that lies behind, 0 to 1.
+    """
+    ramp = min(1.0, (steps + 1) / (config.warmup_steps + 1))
+    falling = (done - 1 + config.decay) / config.decay if config.decay else 0.0
+    return ramp * 0.5 * (1 + math.cos(math.pi * max(0.0, falling)))
+
+
 @dataclass
 class _Place:
-    """Where a training stands beside its weights, optimiser and schedule; what a checkpoint carries of it."""
+    """Where a training stands beside its weights and optimiser; what a checkpoint carries of it."""
 
     result: FitResult = field(default_factory=FitResult)
     batches: int = 0  # of the epoch under way
@@ -193,12 +214,10 @@ class _Loop:
         groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in parameter_groups]
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        ramp = config.warmup_steps + 1
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: min(1.0, (number + 1) / ramp))
+        self.rates = [group["lr"] for group in optimizer.param_groups]
         self.step, self.optimizer = self.accelerator.prepare(step, optimizer)
-        self.warmup = warmup  # not prepared: that would take a step of it for each process
         self.place = _Place()
-        self.accelerator.register_for_checkpointing(self.place, self.warmup)
+        self.accelerator.register_for_checkpointing(self.place)
         self._resume()
 
     @property
@@ -211,15 +230,16 @@ class _Loop:
     def out_of_steps(self) -> bool:
         return self.place.result.steps == self.config.max_steps
 
-    def epoch(self, batches: Iterable[StepBatch], progress: tqdm) -> float:
+    def epoch(self, batches: EpochBatches, progress: tqdm) -> float:
         """Train on what is left of the epoch, up to ``max_steps`` in all; returns its mean loss.
 
         Raises TrainingError.
         """
         place, result = self.place, self.place.result
-        started = time.perf_counter()
+        count, started = len(batches), time.perf_counter()
         self.step.train()
         for batch in itertools.islice(batches, place.batches, None):
+            self._set_rates(count)
             place.loss_sum += self._step(batch)
             place.batches += 1
             result.steps += 1
@@ -238,6 +258,16 @@ class _Loop:
         place.batches, place.loss_sum = 0, 0.0
         return loss
 
+    def _set_rates(self, batches: int) -> None:
+        """The learning rates of the next step, in an epoch of so many batches."""
+        place, config = self.place, self.config
+        done = (place.result.epochs + place.batches / batches) / config.epochs
+        if config.max_steps is not None:
+            done = max(done, place.result.steps / config.max_steps)
+        factor = rate_factor(place.result.steps, done, config)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
     def _step(self, batch: StepBatch) -> float:
         accelerator, number = self.accelerator, self.place.result.steps
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -255,7 +285,6 @@ class _Loop:
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
-        self.warmup.step()
         self.optimizer.zero_grad()
         return value
 
@@ -320,7 +349,7 @@ class _Loop:
 def fit(
     step: nn.Module,
     parameter_groups: list[dict],
-    epoch_batches: Callable[[int], Iterable[StepBatch]],
+    epoch_batches: Callable[[int], EpochBatches],
     validate: Callable[[], dict[str, float]],
     config: TrainConfig,
     *,
