@@ -14,7 +14,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from jobs.embed_worker import EmbedAndWrite, Ledger, WorkOrder
+from jobs.embed_ledger import Ledger
+from jobs.embed_worker import EmbedAndWrite, WorkOrder
 from jobs.ray_guard import watch
 from schemas.errors import PipelineError
 

@@ -17,7 +17,8 @@ from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
 from jobs import embed_items
 from jobs.cli import main
-from jobs.embed_worker import PROBE, ROW, EmbedAndWrite, Ledger
+from jobs.embed_ledger import Ledger
+from jobs.embed_worker import PROBE, ROW, EmbedAndWrite
 from pipeline.catalog import read_texts
 
 torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
@@ -202,7 +203,8 @@ def embed_in_this_process(calls: list[list[str]]):
 
     def embed(order, windows, workers):
         worker = EmbedAndWrite(order, Ledger())
-        torch.set_num_threads(1)  # it set those of a process of its own; this one goes on with tiny models
+        assert worker.encoder.dim  # loaded here, which sets the threads of a process of its own
+        torch.set_num_threads(1)  # this one goes on with tiny models
         for window in windows:
             texts = read_texts(worker.catalog, worker.encoder.template, window.column(ROW).to_numpy())
             if not window.column(PROBE)[0].as_py():

@@ -12,7 +12,7 @@ from item_tower.encoder import ItemEncoder
 from jobs import bench_nights, embed_worker
 from jobs.config import load_config
 from jobs.context import Context
-from jobs.embed_worker import MAX_DEATHS, Ledger
+from jobs.embed_ledger import MAX_DEATHS, Ledger
 from pipeline.cache import open_snapshot
 from pipeline.store import Store
 from schemas.errors import EmbeddingError

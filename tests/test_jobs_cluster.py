@@ -48,7 +48,9 @@ class TwoNodes:
         ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--num-gpus=0"]
         ray += ["--disable-usage-stats", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
         head = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
-        environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
+        # the second is what a command sets for a session of its own, as one did in this process
+        other = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+        environment = {name: value for name, value in self.environment.items() if name not in other}
         for role in (head, [f"--address={self.address}"]):
             log = (self.folder / f"node{len(self.nodes)}.log").open("w")
             self.nodes.append(
