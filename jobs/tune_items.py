@@ -108,7 +108,9 @@ def _tune(context: Context, encoder: ItemEncoder, corpus: Corpus, checkpoints: P
         candidates = torch.from_numpy(np.flatnonzero(corpus.available)).to(device)
         counts = torch.zeros(len(corpus.item_ids), device=device)
         alone = UserStep(tower, untuned, NegativeSampler(candidates, counts, 0, "uniform"))
-        warmup = config.train.model_copy(update={"epochs": config.warmup_epochs, "max_steps": None, "lora": None})
+        # its rate does not fall: the tower's training goes on in the joint one, at the full rate
+        own = {"epochs": config.warmup_epochs, "max_steps": None, "decay": 0.0, "lora": None}
+        warmup = config.train.model_copy(update=own)
         fit(
             alone,
             [{"params": list(tower.parameters())}],

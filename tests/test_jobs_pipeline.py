@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from jobs import demo
+from jobs import demo, tune_items
 from pipeline.store import Store
 from schemas.records import Snapshot
 
@@ -215,6 +215,19 @@ def test_a_changed_weight_of_a_tuned_tower_is_refused(two_towers):
     assert workspace.published() == before
     assert error["kind"] == "FingerprintMismatch"
     assert tuned["fingerprint"] in error["error"]
+
+
+def test_the_rate_falls_in_the_joint_stage_and_not_in_its_warm_up(workspace, monkeypatch):
+    seen, fit = {}, tune_items.fit
+
+    def recorded(step, groups, batches, validate, config, **rest):
+        seen[rest["name"]] = config.decay
+        return fit(step, groups, batches, validate, config, **rest)
+
+    monkeypatch.setattr(tune_items, "fit", recorded)
+    workspace.run("prepare-data")
+    workspace.run("tune-items", "--set", "tune.train.decay=0.5")
+    assert seen == {"tune-items warm-up": 0.0, "tune-items": 0.5}
 
 
 def test_going_back_to_the_first_tower_costs_no_embedding(workspace, embed_here):

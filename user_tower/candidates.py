@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from user_tower.sequences import Batch, Batches, Histories, IntArray, context_batch
+from user_tower.sequences import Batch, Batches, Histories, IntArray, context_batch, length_cuts
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,7 @@ def candidate_batches(
     lengths = np.minimum(examples.before[order[starts[:-1]]], length)
     ranked = rng.permutation(rows) if rng else rows
     pool = contexts * 16 if rng else max(1, len(rows))
-    cuts = []
-    for start in range(0, len(ranked), pool):
-        chunk = ranked[start : start + pool]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        cuts += [chunk[at : at + contexts] for at in range(0, len(chunk), contexts)]
+    cuts = length_cuts(ranked, lengths, contexts, pool)
     if rng:
         cuts = [cuts[number] for number in rng.permutation(len(cuts))]
     return Batches(cuts, lambda rows: _batch(examples, order, starts, rows, length))

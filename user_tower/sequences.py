@@ -157,16 +157,21 @@ def training_windows(histories: Histories, length: int, rng: np.random.Generator
     return np.array(windows, dtype=np.int64).reshape(-1, 2)
 
 
+def length_cuts(order: IntArray, lengths: IntArray, size: int, pool: int) -> list[IntArray]:
+    """Rows in some order as batches of ``size`` of similar length: so many as ``pool`` are sorted at a time."""
+    cuts = []
+    for start in range(0, len(order), pool):
+        chunk = order[start : start + pool]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        cuts += [chunk[at : at + size] for at in range(0, len(chunk), size)]
+    return cuts
+
+
 def training_batches(histories: Histories, length: int, batch_size: int, rng: np.random.Generator) -> Batches[Batch]:
     """One epoch of shuffled batches of windows of similar length, so that little is padding."""
     windows = training_windows(histories, length, rng)
     order = rng.permutation(len(windows))
-    pool = batch_size * 16
-    cuts = []
-    for start in range(0, len(order), pool):
-        chunk = order[start : start + pool]
-        chunk = chunk[np.argsort(windows[chunk, 1] - windows[chunk, 0], kind="stable")]
-        cuts += [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
+    cuts = length_cuts(order, windows[:, 1] - windows[:, 0], batch_size, batch_size * 16)
 
     def make(rows: IntArray) -> Batch:
         return _pad(histories, windows[rows, 0], windows[rows, 1], with_targets=True)
