@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,13 +61,15 @@ def inputs_hash(*parts: str | BaseModel | None) -> str:
 @contextmanager
 def checkpoint_folder(store: Store, inputs: str) -> Iterator[Path]:
     """Where a training keeps its checkpoints: where a killed one of the same inputs left them; while another process
-    is at the same training a temporary folder, since two writers would mix theirs."""
+    is at the same training a temporary folder, since two writers would mix theirs; a line on stderr says so."""
     place = store.root / "checkpoints" / inputs
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun: these processes write together
         yield place
         return
     lock = place.with_name(f"{inputs}.lock")
     with exclusive(lock) as ours, tempfile.TemporaryDirectory() as aside:
+        if not ours:
+            print(f"another process is at this training and holds {lock}: this one begins anew", file=sys.stderr)
         yield place if ours else Path(aside)
         if ours:
             lock.unlink(missing_ok=True)

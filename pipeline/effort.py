@@ -16,8 +16,8 @@ from pipeline.ann import IndexConfig, Kind, Searcher, exact_top_k
 K = 100  # neighbours that are compared
 _FIRST = {"ivf-flat": 1, "ivf-pq": 1, "hnsw": K}  # nprobe or efSearch that is tried first
 _GAIN = 0.003  # a doubling that brings less is the last: what PQ's codes lose, no further list brings back
-_HALVINGS = 3  # between the last that is too little and the first that is enough: to 2^(1/8), 9 %
-_SURE = 2.0  # standard errors of the measured share by which it must exceed what is asked
+_HALVINGS = 4  # between the last that is too little and the first that is enough: to 2^(1/16), 4 %
+_SURE = 3.0  # standard errors by which the measured share must exceed what is asked: some ten levels are tried
 
 
 def chooses(config: IndexConfig, kind: Kind) -> bool:
@@ -46,7 +46,7 @@ def choose_effort(
     index: Any, config: IndexConfig, kind: Kind, vectors: NDArray[np.float32], queries: NDArray[np.float32]
 ) -> None:
     """Set the index's nprobe or efSearch to the least for which queries [Q, D] find ``config.recall`` of the exact
-    100 among vectors [N, D], surely (two standard errors), to 9 %.
+    100 among vectors [N, D], surely (three standard errors), to 4 %.
 
     Where more stops to help before, to what it stopped at.
     """

@@ -1,6 +1,7 @@
 """Search in inverted lists, list by list: every list meets all queries that read it in one matrix product.
 
-FAISS goes query by query and reads a list from memory once for each; with many queries that traffic is the cost.
+FAISS goes query by query and reads a list from memory once for each; with many queries that traffic is the cost. Two
+laps: the first lists of a query give it k neighbours, and so a floor; of the others only what exceeds it is kept.
 
 Legend: Q queries, P probed lists of a query, L lists, D dim, k neighbours, m queries of a list, n vectors of a list.
 """
@@ -22,10 +23,10 @@ FloatArray = NDArray[np.float32]
 # of a list: its vectors float32 [n, D], and the row of each in the index, int64 [n]
 Lists = Callable[[int], tuple[FloatArray, IntArray]]
 QUERIES = 16_384  # at a time, at most
-_FIRST, _WIDTH = 4, 8  # lists read before there is a floor; they should hold so many times k
-_GROWTH = 24  # each further lap reads so many times as many; more laps would keep fewer hits, and cost more products
-_HITS = 1 << 23  # kept of the first lists, about 300 MiB
-_CELLS = 1 << 25  # scores that are put side by side to find the best, 400 MiB with their rows
+_FIRST, _WIDTH = 4, 16  # lists of the first lap, at least; they should hold so many times k
+_GROWTH = 40  # a further lap reads so many times as many; more laps would keep fewer hits, and cost more products
+_CELLS = 1 << 25  # scores that are put side by side to find the best, 128 MiB
+_BLOCK = 256  # queries whose hits are put side by side
 _SHARED = 4  # queries a list from which one product is faster than reading the list for each
 
 
@@ -34,11 +35,21 @@ def worthwhile(queries: int, nprobe: int, nlist: int) -> bool:
     return queries * nprobe >= _SHARED * nlist
 
 
+class _Read(NamedTuple):
+    """The lists of a search, numbered anew from 0. vectors: [n, D] of each; sizes and starts: int64 [L], n, and where
+    the list begins in ``rows``, the rows in the index of all of them, one list after the other."""
+
+    vectors: list[Tensor]
+    sizes: Tensor
+    starts: Tensor
+    rows: Tensor
+
+
 class _Best(NamedTuple):
-    """scores float32 and rows int64 [Q, k], best first; -inf and -1 where fewer are known."""
+    """scores float32 and places (in ``_Read.rows``) int64 [Q, k], best first; -inf and -1 where fewer are known."""
 
     scores: Tensor
-    rows: Tensor
+    places: Tensor
 
     @property
     def floor(self) -> Tensor:
@@ -46,73 +57,100 @@ class _Best(NamedTuple):
         return self.scores[:, -1]
 
 
-class _Hits(NamedTuple):
-    """What of one list exceeds the floors. pairs: [m], counts: [m] hits of each; then of every hit: its pair, its
-    place among the hits of that pair, score, and row in the index."""
+class _Workers(NamedTuple):
+    """Threads, each of which computes alone."""
 
-    pairs: Tensor
-    counts: Tensor
-    pair: Tensor
-    place: Tensor
-    scores: Tensor
-    rows: Tensor
+    pool: Executor
+    jobs: int
 
+    def visit(self, probes_QP: Tensor, read: _Read, work: Callable[[int, Tensor], None]) -> None:
+        """work(list, pairs int64 [m]) for each list with vectors; a pair is query * P + its column."""
+        flat, count = probes_QP.numpy().ravel(), len(read.vectors)
+        order = np.argsort(flat.astype(np.min_scalar_type(count)), kind="stable")
+        ends = np.bincount(flat, minlength=count).cumsum()
+        bounds = [(number, start, end) for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
 
-def _meet(
-    queries_QD: Tensor, floor_Q: Tensor, owners: Tensor, pairs: Tensor, found: tuple[FloatArray, IntArray]
-) -> _Hits:
-    """One list, its vectors and rows ``found``, and the m queries ``owners`` that read it."""
-    scores_mn = queries_QD[owners] @ torch.from_numpy(found[0]).T
-    query, column = torch.nonzero(scores_mn > floor_Q[owners][:, None], as_tuple=True)
-    counts = torch.bincount(query, minlength=len(pairs))
-    place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-    return _Hits(pairs, counts, pairs[query], place, scores_mn[query, column], torch.from_numpy(found[1])[column])
+        def some(first: int) -> None:
+            for number, start, end in bounds[first :: self.jobs]:
+                if start < end and len(read.vectors[number]):
+                    work(number, torch.from_numpy(order[start:end]))
+
+        list(self.pool.map(some, range(self.jobs)))
 
 
-def _scan(queries_QD: Tensor, probes: IntArray, lists: Lists, best: _Best, pool: Executor, jobs: int) -> _Best:
-    """best, after the lists ``probes`` [Q, P] of each query (-1: none)."""
-    count, width = probes.shape
-    flat = probes.ravel()
-    order = np.argsort(flat, kind="stable")  # pairs of query and list, those of a list together
-    numbers, bounds = np.unique(flat[order], return_index=True)
-    spans = list(zip(numbers.tolist(), bounds.tolist(), [*bounds[1:].tolist(), len(flat)], strict=True))
+def _open(probes: IntArray, lists: Lists) -> tuple[Tensor, _Read]:
+    """The probes [Q, P] in new numbers, and what they read. -1 stands for a list without vectors."""
+    seen = np.zeros(int(probes.max(initial=-1)) + 2, dtype=bool)
+    seen[probes + 1] = True
+    none = np.empty((0, 0), dtype=np.float32), np.empty(0, dtype=np.int64)
+    parts = [lists(number) if number >= 0 else none for number in (np.flatnonzero(seen) - 1).tolist()]
+    sizes = torch.tensor([len(rows) for _, rows in parts])
+    rows = torch.from_numpy(np.concatenate([rows for _, rows in parts]))
+    renumbered = torch.from_numpy((np.cumsum(seen) - 1)[probes + 1])
+    return renumbered, _Read([torch.from_numpy(part) for part, _ in parts], sizes, sizes.cumsum(0) - sizes, rows)
 
-    def work(first: int) -> list[_Hits]:
-        met = []
-        for number, start, stop in spans[first::jobs]:
-            found = lists(number) if number >= 0 else None
-            if found is not None and len(found[1]):
-                pairs = torch.from_numpy(order[start:stop])
-                met.append(_meet(queries_QD, best.floor, pairs // width, pairs, found))
-        return met
 
-    parts = [hits for part in pool.map(work, range(jobs)) for hits in part]
-    if not parts:
+def _first_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, k: int, workers: _Workers) -> _Best:
+    """The k best of these lists; their scores stand side by side, a row for each query."""
+    sizes = read.sizes[probes_QP]
+    ends = sizes.cumsum(1)
+    begins = ends - sizes
+    width = max(k, int(ends[:, -1].max()))
+    scores = torch.full((len(queries_QD), width), -torch.inf)
+    cells = (begins + width * torch.arange(len(begins))[:, None]).flatten()
+
+    def meet(number: int, pairs: Tensor) -> None:
+        vectors_nD = read.vectors[number]
+        columns = cells[pairs][:, None] + torch.arange(len(vectors_nD))
+        scores.view(-1)[columns] = queries_QD[pairs // probes_QP.shape[1]] @ vectors_nD.T
+
+    workers.visit(probes_QP, read, meet)
+
+    def top(start: int) -> _Best:
+        block = slice(start, start + _BLOCK)
+        values, columns = scores[block].topk(k, dim=1)
+        which = (columns[:, :, None] >= ends[block, None, :]).sum(2).clamp(max=ends.shape[1] - 1)
+        places = read.starts[probes_QP[block].gather(1, which)] + columns - begins[block].gather(1, which)
+        return _Best(values, places.masked_fill(values == -torch.inf, -1))
+
+    parts = list(workers.pool.map(top, range(0, len(scores), _BLOCK)))
+    return _Best(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _further_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, best: _Best, workers: _Workers) -> _Best:
+    """best, after these lists as well."""
+    met: list[tuple[Tensor, Tensor, Tensor]] = []  # owner (a query), score and place of what exceeds the floors
+    floor = best.floor.contiguous()
+
+    def meet(number: int, pairs: Tensor) -> None:
+        vectors_nD, owners = read.vectors[number], pairs // probes_QP.shape[1]
+        scores_mn = queries_QD[owners] @ vectors_nD.T
+        over = torch.nonzero((scores_mn > floor[owners][:, None]).view(-1)).view(-1)
+        if len(over):
+            places = over % len(vectors_nD) + read.starts[number]
+            met.append((owners[over // len(vectors_nD)], scores_mn.view(-1)[over], places))
+
+    workers.visit(probes_QP, read, meet)
+    if not met:
         return best
-    each_pair, each_count, pair, place, scores, rows = (torch.cat(part) for part in zip(*parts, strict=True))
-    by_query = torch.zeros(count * width, dtype=torch.int64).index_copy(0, each_pair, each_count).view(count, width)
-    starts = (by_query.cumsum(1) - by_query).flatten()
-    owner, column = pair // width, starts[pair] + place
-    widest = int(by_query.sum(1).max())
-    step = max(1, min(_CELLS // max(1, jobs * widest), -(-count // jobs)))
+    owner, scores, places = (torch.cat(part) for part in zip(*met, strict=True))
+    order = torch.from_numpy(np.argsort(owner.numpy().astype(np.min_scalar_type(len(floor))), kind="stable"))
+    scores, places = scores[order], places[order]  # those of a query together
+    counts = torch.bincount(owner, minlength=len(floor))
+    starts = counts.cumsum(0) - counts
+    by_count = counts.argsort()  # a block is as wide as the most hits in it
 
-    def merge(start: int) -> _Best:
-        own = (owner >= start) & (owner < start + step) if step < count else slice(None)
-        part = _Best(best.scores[start : start + step], best.rows[start : start + step])
-        return _merge(part, owner[own] - start, column[own], scores[own], rows[own], widest)
+    def merge(block: Tensor) -> None:
+        columns = torch.arange(int(counts[block].max()))
+        cells = (starts[block][:, None] + columns).clamp(max=len(scores) - 1)
+        none = columns >= counts[block][:, None]
+        together = torch.cat([best.scores[block], scores[cells].masked_fill(none, -torch.inf)], dim=1)
+        values, chosen = together.topk(best.scores.shape[1], dim=1)
+        found = torch.cat([best.places[block], places[cells].masked_fill(none, -1)], dim=1)
+        best.scores[block], best.places[block] = values, found.gather(1, chosen)
 
-    merged = list(pool.map(merge, range(0, count, step)))
-    return _Best(*(torch.cat(part) for part in zip(*merged, strict=True)))
-
-
-def _merge(best: _Best, owner: Tensor, column: Tensor, scores: Tensor, rows: Tensor, widest: int) -> _Best:
-    """best, and hits of these queries, each at its own column below ``widest``."""
-    wide_scores = torch.full((len(best.scores), widest), -torch.inf)
-    wide_rows = torch.full(wide_scores.shape, -1)
-    wide_scores[owner, column], wide_rows[owner, column] = scores, rows
-    together = torch.cat([best.scores, wide_scores], dim=1)
-    values, columns = together.topk(best.scores.shape[1], dim=1)
-    return _Best(values, torch.cat([best.rows, wide_rows], dim=1).gather(1, columns))
+    list(workers.pool.map(merge, by_count.split(_BLOCK)))
+    return best
 
 
 def _laps(first: int, width: int) -> list[slice]:
@@ -124,13 +162,13 @@ def _laps(first: int, width: int) -> list[slice]:
 
 
 @contextmanager
-def _workers() -> Iterator[tuple[Executor, int]]:
-    """As many threads as torch has, each of which computes alone: a product of one list is too small to be shared."""
+def _workers() -> Iterator[_Workers]:
+    """As many threads as torch has: a product of one list is too small to be shared."""
     jobs = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            yield pool, jobs
+            yield _Workers(pool, jobs)
     finally:
         torch.set_num_threads(jobs)
 
@@ -139,22 +177,25 @@ def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) ->
     """The k largest inner products of queries [Q, D] with the vectors in their lists.
 
     probes [Q, P]: the lists of each query, nearest first, -1 for none. Scores float32 and rows int64 [Q, k], best
-    first, equal ones in any order; -inf and -1 where the lists hold fewer. The first lists give each query a floor;
-    of the others only what exceeds it is kept.
+    first, equal ones in any order; -inf and -1 where the lists hold fewer.
     """
-    scores = np.empty((len(queries), k), dtype=np.float32)
-    rows = np.empty((len(queries), k), dtype=np.int64)
-    sizes = {number: len(lists(number)[1]) for number in np.unique(probes[:, :_FIRST]).tolist() if number >= 0}
-    mean = sum(sizes.values()) / max(1, len(sizes))
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    rows = np.full((len(queries), k), -1, dtype=np.int64)
+    probes_QP, read = _open(probes, lists)
+    if not len(read.rows):
+        return scores, rows
+    mean = float(read.sizes[probes_QP[:, :_FIRST]].float().mean())
     first = max(_FIRST, round(_WIDTH * k / max(1.0, mean)))
-    step = min(QUERIES, max(1, round(_HITS / max(1.0, first * mean))))
-    with _workers() as (pool, jobs):
+    step = min(QUERIES, max(1, round(_CELLS / max(k, first * mean))))
+    with _workers() as workers:
         for start in range(0, len(queries), step):
-            part = probes[start : start + step]
+            part = probes_QP[start : start + step]
             queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + step], dtype=np.float32))
-            shape = len(part), k
-            best = _Best(torch.full(shape, -torch.inf), torch.full(shape, -1))
-            for lap in _laps(first, part.shape[1]):
-                best = _scan(queries_QD, np.ascontiguousarray(part[:, lap]), lists, best, pool, jobs)
-            scores[start : start + step], rows[start : start + step] = best.scores.numpy(), best.rows.numpy()
+            nearest, *others = _laps(first, part.shape[1])
+            best = _first_lap(queries_QD, part[:, nearest].contiguous(), read, k, workers)
+            for lap in others:
+                best = _further_lap(queries_QD, part[:, lap].contiguous(), read, best, workers)
+            known = best.places >= 0
+            scores[start : start + step] = best.scores.numpy()
+            rows[start : start + step] = torch.where(known, read.rows[best.places.clamp(min=0)], -1).numpy()
     return scores, rows

@@ -15,6 +15,7 @@ import pytest
 
 from jobs import embed_items
 from jobs.cli import main
+from jobs.context import checkpoint_folder
 from pipeline import cache, dataset, embeddings, evaluate, files, index
 from pipeline.store import Store
 from schemas.records import Snapshot
@@ -45,6 +46,17 @@ MOMENTS = [
     ("build-index", index, "write_record"),
     ("evaluate", evaluate, "_rank_chunk"),
 ]
+
+
+def test_two_at_one_training_keep_their_checkpoints_apart_and_say_so(tmp_path, capsys):
+    store = Store(tmp_path)
+    with checkpoint_folder(store, "inputs") as first, checkpoint_folder(store, "inputs") as second:
+        assert first == tmp_path / "checkpoints" / "inputs"
+        assert tmp_path not in second.parents
+        assert "inputs.lock: this one begins anew" in capsys.readouterr().err
+    with checkpoint_folder(store, "inputs") as later:
+        assert later == first
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("stage", "module", "function"), MOMENTS, ids=[f"{m[0]}-{m[2]}" for m in MOMENTS])

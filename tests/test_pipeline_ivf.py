@@ -28,7 +28,7 @@ def test_it_is_brute_force_over_the_probed_lists(seed, count, nlist, k, first):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ivf, "QUERIES", 3)
         patch.setattr(ivf, "_FIRST", first)
-        patch.setattr(ivf, "_CELLS", 8)
+        patch.setattr(ivf, "_BLOCK", 2)
         patch.setattr(ivf, "_GROWTH", 1)
         patch.setattr(ivf, "_WIDTH", 0)  # the floor is met after the first lists, however few they hold
         scores, rows = search_lists(queries, probes, k, lists_of(owner, vectors))
@@ -45,16 +45,24 @@ def test_it_is_brute_force_over_the_probed_lists(seed, count, nlist, k, first):
 
 def test_ties_are_not_kept_beyond_k(monkeypatch):
     """All vectors equal: what could be kept of every list must not be."""
-    widths = []
-    merge = ivf._merge
-    monkeypatch.setattr(ivf, "_merge", lambda *args: (widths.append(args[-1]), merge(*args))[1])
+    kept = []
+    sort = np.argsort
+    monkeypatch.setattr(ivf.np, "argsort", lambda owner, **how: (kept.append(len(owner)), sort(owner, **how))[1])
     vectors, owner = np.ones((4000, 2), np.float32), np.arange(4000) % 40
     probes = np.tile(np.arange(40), (9, 1))
     scores, rows = search_lists(vectors[:9], probes, 10, lists_of(owner, vectors))
     assert (scores == 2).all()
     assert all(len(set(row)) == 10 for row in rows.tolist())
-    assert widths[0] == 400
-    assert set(widths[1:]) <= {0}
+    assert kept == [9 * 4, 9 * 36]  # the pairs of both laps were sorted, and no hits
+
+
+def test_lists_that_hold_fewer_than_k_are_read_to_the_end():
+    """There is no floor before k are known: all that the first lap lacks comes from the further ones."""
+    vectors, owner = np.arange(1, 121, dtype=np.float32)[:, None], np.arange(120) // 2
+    probes = np.tile(np.arange(60), (3, 1))
+    scores, rows = search_lists(np.ones((3, 1), np.float32), probes, 100, lists_of(owner, vectors))
+    assert (rows == np.arange(119, 19, -1)).all()
+    assert (scores == np.arange(120, 20, -1)).all()
 
 
 def test_many_queries_find_what_faiss_finds_one_by_one(tmp_path):
