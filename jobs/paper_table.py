@@ -99,17 +99,19 @@ def _rows(toml: str, data: str | None, sets: list[str], budget: float, names: tu
     first = _settings(toml, data, names[0], sets)
     prepare_data.run(Context(first))
     ledger = _Ledger(local_store(first) / _SPENT)
-    rows = []
+    rows, embedded = [], set()
     for name in names:
         settings = _settings(toml, data, name, sets)
         if name in BASELINES:
             rows.append(Row(name, evaluate.run(Context(settings))))
             continue
-        if name == "tuned-cache":
-            tuned = tune_items.run(Context(settings))
-            _say(f"tune-items: {tuned['steps']} steps, valid {tuned['valid'].get(settings.evaluate.metric)}")
-        if name in ("frozen-cache", "tuned-cache"):
+        tower = settings.item_tower.use
+        if name not in ID_ROWS and tower not in embedded:
+            if name != "frozen-cache":
+                tuned = tune_items.run(Context(settings))
+                _say(f"tune-items: {tuned['steps']} steps, valid {tuned['valid'].get(settings.evaluate.metric)}")
             embed_items.run(Context(settings), allow_full=True)
+            embedded.add(tower)
         rows.append(_trained_row(settings, budget, ledger))
     return rows
 

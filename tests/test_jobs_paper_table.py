@@ -52,6 +52,12 @@ def test_rows_of_another_item_tower_are_embedded_beside_it_in_any_order(workspac
     assert first["rows"][0]["run_id"] != second["rows"][0]["run_id"]
 
 
+def test_a_tuned_row_by_itself_is_tuned_for(workspace, embed_here, folder):
+    sets = ("--set", "tune.train.epochs=1", "--set", "tune.warmup_epochs=0", "--budget-minutes", "0", *SETS)
+    result = workspace.run("paper-table", "--data", folder, *sets, "--only", "tuned-cache+time")
+    assert [row["cutoff"] for row in result["rows"]] == ["recorded"]
+
+
 @pytest.mark.slow
 def test_the_whole_grid_chooses_on_validation(workspace, embed_here, folder):
     result = workspace.run(
