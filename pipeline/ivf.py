@@ -25,7 +25,7 @@ Lists = Callable[[int], tuple[FloatArray, IntArray]]
 QUERIES = 16_384  # at a time, at most
 _FIRST, _WIDTH = 4, 16  # lists of the first lap, at least; they should hold so many times k
 _GROWTH = 40  # a further lap reads so many times as many; more laps would keep fewer hits, and cost more products
-_CELLS = 1 << 25  # scores that are put side by side to find the best, 128 MiB
+_CELLS = 1 << 26  # scores that are put side by side to find the best, 256 MiB
 _BLOCK = 256  # queries whose hits are put side by side
 _SHARED = 4  # queries a list from which one product is faster than reading the list for each
 
@@ -186,7 +186,8 @@ def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) ->
         return scores, rows
     mean = float(read.sizes[probes_QP[:, :_FIRST]].float().mean())
     first = max(_FIRST, round(_WIDTH * k / max(1.0, mean)))
-    step = min(QUERIES, max(1, round(_CELLS / max(k, first * mean))))
+    widest = int(read.sizes[probes_QP[:, :first]].sum(1).max())
+    step = min(QUERIES, max(1, _CELLS // max(k, widest)))
     with _workers() as workers:
         for start in range(0, len(queries), step):
             part = probes_QP[start : start + step]
