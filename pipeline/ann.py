@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -27,7 +27,9 @@ EF_SEARCH = 256  # the same
 # of k-means: vectors a centroid (FAISS warns below 39; its 256 take six times as long) and rounds (FAISS: 10)
 KMEANS_POINTS, KMEANS_ROUNDS = 40, 6
 GPU_CAP = 2048  # of k and of nprobe, FAISS wiki, "Faiss on the GPU"
-_QUERIES, _ITEMS = 256, 16_384  # one block of scores: 16 MiB
+_ITEMS, _SCORES = 8_192, 1 << 23  # vectors, and scores, of one block of the exact search: 32 MiB
+_WAITING = 2  # times k hits a query that may wait to be merged
+_ROWS = 64  # queries whose hits are merged at once
 
 
 class IndexConfig(BaseModel):
@@ -244,6 +246,51 @@ def _block_top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     return values, rows.gather(1, order)
 
 
+class _Top(NamedTuple):
+    """scores float32 and rows int64 [Q, k], best first, equal scores by smallest row."""
+
+    scores: torch.Tensor
+    rows: torch.Tensor
+
+
+def _merged(best: _Top, hits: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]) -> _Top:
+    """best, and hits in ascending rows, all larger than those of best: query, row and score of each."""
+    owners, rows, scores = (np.concatenate(part) for part in zip(*hits, strict=True))
+    order = np.argsort(owners.astype(np.min_scalar_type(len(best.rows))), kind="stable")
+    counts = torch.from_numpy(np.bincount(owners, minlength=len(best.rows)))
+    starts = counts.cumsum(0) - counts
+    new = _Top(torch.from_numpy(scores[order]), torch.from_numpy(rows[order]))
+    for some in counts.argsort().split(_ROWS):  # a block is as wide as the most hits in it
+        columns = torch.arange(int(counts[some].max()))
+        if not len(columns):
+            continue
+        cells = (starts[some][:, None] + columns).clamp(max=len(owners) - 1)
+        fresh = new.scores[cells].masked_fill(columns >= counts[some][:, None], -torch.inf)
+        together = torch.cat([best.scores[some], fresh], dim=1)
+        found = torch.cat([best.rows[some], new.rows[cells]], dim=1)
+        values, chosen = together.sort(dim=1, descending=True, stable=True)  # of equal ones the smaller row is first
+        k = best.scores.shape[1]
+        best.scores[some], best.rows[some] = values[:, :k], found.gather(1, chosen[:, :k])
+    return best
+
+
+def _exact_block(queries_QD: torch.Tensor, items_ND: torch.Tensor, k: int, width: int) -> _Top:
+    """The first ``width`` vectors give each query k neighbours; of the others only what beats the last is kept."""
+    count = len(queries_QD)
+    best = _Top(*_block_top(queries_QD @ items_ND[:width].T, k))
+    buffer, hits, waiting = torch.empty(count * width), [], 0
+    for first in range(width, len(items_ND), width):
+        block_nD = items_ND[first : first + width]
+        size = len(block_nD)
+        scores_Qn = torch.mm(queries_QD, block_nD.T, out=buffer[: count * size].view(count, size))
+        over = np.flatnonzero((scores_Qn > best.scores[:, -1:]).numpy())
+        hits.append((over // size, over % size + first, scores_Qn.view(-1).numpy()[over]))
+        waiting += len(over)
+        if waiting and (waiting > _WAITING * k * count or first + width >= len(items_ND)):
+            best, hits, waiting = _merged(best, hits), [], 0
+    return best
+
+
 def exact_top_k(
     queries: NDArray[np.float32], vectors: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -256,20 +303,12 @@ def exact_top_k(
     items_ND = torch.from_numpy(vectors)
     scores = np.empty((len(queries), k), dtype=np.float32)
     rows = np.empty((len(queries), k), dtype=np.int64)
-    for start in range(0, len(queries), _QUERIES):
-        query_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + _QUERIES], dtype=np.float32))
-        best: tuple[torch.Tensor, torch.Tensor] | None = None
-        for first in range(0, len(vectors), _ITEMS):
-            block = query_QD @ items_ND[first : first + _ITEMS].T
-            values, found = _block_top(block, k)
-            found += first
-            if best is not None:  # earlier rows stand first, and the sort is stable
-                values, found = torch.cat([best[0], values], 1), torch.cat([best[1], found], 1)
-                values, order = values.sort(dim=1, descending=True, stable=True)
-                values, found = values[:, :k], found.gather(1, order[:, :k])
-            best = values, found
-        assert best is not None
-        scores[start : start + _QUERIES], rows[start : start + _QUERIES] = best[0].numpy(), best[1].numpy()
+    width = max(_ITEMS, k)
+    step = max(1, _SCORES // width)
+    for start in range(0, len(queries), step):
+        queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + step], dtype=np.float32))
+        best = _exact_block(queries_QD, items_ND, k, width)
+        scores[start : start + step], rows[start : start + step] = best.scores.numpy(), best.rows.numpy()
     return scores, rows
 
 

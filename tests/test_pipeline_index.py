@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import ann
 from pipeline import index as index_module
 from pipeline.ann import GPU_CAP, IndexConfig, Searcher, exact_top_k, lists, make, resolve_kind
 from pipeline.cleanup import RetentionConfig, clean
@@ -37,13 +38,19 @@ def brute(query, vectors, k, out):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 9), st.data())
-def test_exact_top_k_is_brute_force_with_ties_by_smallest_row(count, seed, data):
+@given(st.integers(1, 40), st.integers(0, 999), st.sampled_from([1, 3, 8192]), st.sampled_from([0, 1, 9]), st.data())
+def test_exact_top_k_is_brute_force_with_ties_by_smallest_row(count, seed, width, waiting, data):
+    """Also in blocks so small that most neighbours come as hits, merged at once or together."""
     rng = np.random.default_rng(seed)
-    vectors, queries = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (count, 4))
+    largest = data.draw(st.integers(1, 9))
+    vectors, queries = (rng.integers(-largest, largest + 1, (n, 3)).astype(np.float32) for n in (count, 5))
     k = data.draw(st.integers(1, count))
-    _, rows = exact_top_k(queries, vectors, k)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_ITEMS", width), ("_SCORES", 3 * width), ("_WAITING", waiting), ("_ROWS", 2)):
+            patch.setattr(ann, name, value)
+        scores, rows = exact_top_k(queries, vectors, k)
     assert rows.tolist() == [brute(query, vectors, k, set()) for query in queries]
+    assert (scores == np.take_along_axis(queries @ vectors.T, rows, axis=1)).all()
 
 
 def test_exact_top_k_over_several_blocks_keeps_ties_in_row_order():
