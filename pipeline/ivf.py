@@ -102,7 +102,7 @@ def _first_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, k: int, worke
     def meet(number: int, pairs: Tensor) -> None:
         vectors_nD = read.vectors[number]
         columns = cells[pairs][:, None] + torch.arange(len(vectors_nD))
-        scores.view(-1)[columns] = queries_QD[pairs // probes_QP.shape[1]] @ vectors_nD.T
+        scores.view(-1)[columns] = queries_QD.index_select(0, pairs // probes_QP.shape[1]) @ vectors_nD.T
 
     workers.visit(probes_QP, read, meet)
 
@@ -124,8 +124,8 @@ def _further_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, best: _Best
 
     def meet(number: int, pairs: Tensor) -> None:
         vectors_nD, owners = read.vectors[number], pairs // probes_QP.shape[1]
-        scores_mn = queries_QD[owners] @ vectors_nD.T
-        over = torch.nonzero((scores_mn > floor[owners][:, None]).view(-1)).view(-1)
+        scores_mn = queries_QD.index_select(0, owners) @ vectors_nD.T
+        over = torch.from_numpy(np.flatnonzero((scores_mn > floor[owners][:, None]).numpy()))
         if len(over):
             places = over % len(vectors_nD) + read.starts[number]
             met.append((owners[over // len(vectors_nD)], scores_mn.view(-1)[over], places))
