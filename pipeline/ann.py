@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.hits import Best, Hits, merge
 from pipeline.ivf import search_lists, worthwhile
 from schemas.errors import ConfigError, DataError, StoreError
 
@@ -29,7 +30,6 @@ KMEANS_POINTS, KMEANS_ROUNDS = 40, 6
 GPU_CAP = 2048  # of k and of nprobe, FAISS wiki, "Faiss on the GPU"
 _ITEMS, _SCORES = 8_192, 1 << 23  # vectors, and scores, of one block of the exact search: 32 MiB
 _WAITING = 2  # times k hits a query that may wait to be merged
-_ROWS = 64  # queries whose hits are merged at once
 
 
 class IndexConfig(BaseModel):
@@ -231,7 +231,7 @@ class Searcher:
         return codes.view(np.float32).reshape(size, dim), faiss.rev_swig_ptr(lists.get_ids(number), size)
 
 
-def _block_top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _block_top(scores: torch.Tensor, k: int) -> Best:
     """The k best of each row of [Q, n], equal scores by smallest column; best first."""
     size = scores.shape[1]
     values, rows = scores.topk(min(k + 1, size), dim=1)
@@ -243,51 +243,24 @@ def _block_top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
             rows = rows.index_copy(0, tied, ordered.indices[:, :k])
     rows = rows.sort(dim=1).values
     values, order = scores.gather(1, rows).sort(dim=1, descending=True, stable=True)
-    return values, rows.gather(1, order)
+    return Best(values, rows.gather(1, order))
 
 
-class _Top(NamedTuple):
-    """scores float32 and rows int64 [Q, k], best first, equal scores by smallest row."""
-
-    scores: torch.Tensor
-    rows: torch.Tensor
-
-
-def _merged(best: _Top, hits: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]) -> _Top:
-    """best, and hits in ascending rows, all larger than those of best: query, row and score of each."""
-    owners, rows, scores = (np.concatenate(part) for part in zip(*hits, strict=True))
-    order = np.argsort(owners.astype(np.min_scalar_type(len(best.rows))), kind="stable")
-    counts = torch.from_numpy(np.bincount(owners, minlength=len(best.rows)))
-    starts = counts.cumsum(0) - counts
-    new = _Top(torch.from_numpy(scores[order]), torch.from_numpy(rows[order]))
-    for some in counts.argsort().split(_ROWS):  # a block is as wide as the most hits in it
-        columns = torch.arange(int(counts[some].max()))
-        if not len(columns):
-            continue
-        cells = (starts[some][:, None] + columns).clamp(max=len(owners) - 1)
-        fresh = new.scores[cells].masked_fill(columns >= counts[some][:, None], -torch.inf)
-        together = torch.cat([best.scores[some], fresh], dim=1)
-        found = torch.cat([best.rows[some], new.rows[cells]], dim=1)
-        values, chosen = together.sort(dim=1, descending=True, stable=True)  # of equal ones the smaller row is first
-        k = best.scores.shape[1]
-        best.scores[some], best.rows[some] = values[:, :k], found.gather(1, chosen[:, :k])
-    return best
-
-
-def _exact_block(queries_QD: torch.Tensor, items_ND: torch.Tensor, k: int, width: int) -> _Top:
+def _exact_block(queries_QD: torch.Tensor, items_ND: torch.Tensor, k: int, width: int) -> Best:
     """The first ``width`` vectors give each query k neighbours; of the others only what beats the last is kept."""
     count = len(queries_QD)
-    best = _Top(*_block_top(queries_QD @ items_ND[:width].T, k))
-    buffer, hits, waiting = torch.empty(count * width), [], 0
+    best = _block_top(queries_QD @ items_ND[:width].T, k)
+    buffer, met, waiting = torch.empty(count * width), list[Hits](), 0
     for first in range(width, len(items_ND), width):
         block_nD = items_ND[first : first + width]
         size = len(block_nD)
         scores_Qn = torch.mm(queries_QD, block_nD.T, out=buffer[: count * size].view(count, size))
-        over = np.flatnonzero((scores_Qn > best.scores[:, -1:]).numpy())
-        hits.append((over // size, over % size + first, scores_Qn.view(-1).numpy()[over]))
+        over = torch.from_numpy(np.flatnonzero((scores_Qn > best.floor[:, None]).numpy()))
+        met.append(Hits(over // size, scores_Qn.view(-1)[over], over % size + first))  # rows ascend, so ties do
         waiting += len(over)
         if waiting and (waiting > _WAITING * k * count or first + width >= len(items_ND)):
-            best, hits, waiting = _merged(best, hits), [], 0
+            merge(best, met)
+            met, waiting = [], 0
     return best
 
 
@@ -308,7 +281,7 @@ def exact_top_k(
     for start in range(0, len(queries), step):
         queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + step], dtype=np.float32))
         best = _exact_block(queries_QD, items_ND, k, width)
-        scores[start : start + step], rows[start : start + step] = best.scores.numpy(), best.rows.numpy()
+        scores[start : start + step], rows[start : start + step] = best.scores.numpy(), best.places.numpy()
     return scores, rows
 
 

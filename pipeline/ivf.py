@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.hits import Best, Hits, merge
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 # of a list: its vectors float32 [n, D], and the row of each in the index, int64 [n]
@@ -26,7 +28,7 @@ QUERIES = 16_384  # at a time, at most
 _FIRST, _WIDTH = 4, 16  # lists of the first lap, at least; they should hold so many times k
 _GROWTH = 40  # a further lap reads so many times as many; more laps would keep fewer hits, and cost more products
 _CELLS = 1 << 26  # scores that are put side by side to find the best, 256 MiB
-_BLOCK = 256  # queries whose hits are put side by side
+_BLOCK = 256  # queries whose best of the first lap are found at once
 _SHARED = 4  # queries a list from which one product is faster than reading the list for each
 
 
@@ -43,18 +45,6 @@ class _Read(NamedTuple):
     sizes: Tensor
     starts: Tensor
     rows: Tensor
-
-
-class _Best(NamedTuple):
-    """scores float32 and places (in ``_Read.rows``) int64 [Q, k], best first; -inf and -1 where fewer are known."""
-
-    scores: Tensor
-    places: Tensor
-
-    @property
-    def floor(self) -> Tensor:
-        """[Q] what a vector must exceed to come in."""
-        return self.scores[:, -1]
 
 
 class _Workers(NamedTuple):
@@ -90,8 +80,8 @@ def _open(probes: IntArray, lists: Lists) -> tuple[Tensor, _Read]:
     return renumbered, _Read([torch.from_numpy(part) for part, _ in parts], sizes, sizes.cumsum(0) - sizes, rows)
 
 
-def _first_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, k: int, workers: _Workers) -> _Best:
-    """The k best of these lists; their scores stand side by side, a row for each query."""
+def _first_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, k: int, workers: _Workers) -> Best:
+    """The k best of these lists, by place in ``read.rows``; their scores stand side by side, a row for each query."""
     sizes = read.sizes[probes_QP]
     ends = sizes.cumsum(1)
     begins = ends - sizes
@@ -106,20 +96,20 @@ def _first_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, k: int, worke
 
     workers.visit(probes_QP, read, meet)
 
-    def top(start: int) -> _Best:
+    def top(start: int) -> Best:
         block = slice(start, start + _BLOCK)
         values, columns = scores[block].topk(k, dim=1)
         which = (columns[:, :, None] >= ends[block, None, :]).sum(2).clamp(max=ends.shape[1] - 1)
         places = read.starts[probes_QP[block].gather(1, which)] + columns - begins[block].gather(1, which)
-        return _Best(values, places.masked_fill(values == -torch.inf, -1))
+        return Best(values, places.masked_fill(values == -torch.inf, -1))
 
     parts = list(workers.pool.map(top, range(0, len(scores), _BLOCK)))
-    return _Best(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return Best(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _further_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, best: _Best, workers: _Workers) -> _Best:
-    """best, after these lists as well."""
-    met: list[tuple[Tensor, Tensor, Tensor]] = []  # owner (a query), score and place of what exceeds the floors
+def _further_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, best: Best, workers: _Workers) -> None:
+    """Take what these lists hold into ``best``, in place."""
+    met: list[Hits] = []
     floor = best.floor.contiguous()
 
     def meet(number: int, pairs: Tensor) -> None:
@@ -128,29 +118,11 @@ def _further_lap(queries_QD: Tensor, probes_QP: Tensor, read: _Read, best: _Best
         over = torch.from_numpy(np.flatnonzero((scores_mn > floor[owners][:, None]).numpy()))
         if len(over):
             places = over % len(vectors_nD) + read.starts[number]
-            met.append((owners[over // len(vectors_nD)], scores_mn.view(-1)[over], places))
+            met.append(Hits(owners[over // len(vectors_nD)], scores_mn.view(-1)[over], places))
 
     workers.visit(probes_QP, read, meet)
-    if not met:
-        return best
-    owner, scores, places = (torch.cat(part) for part in zip(*met, strict=True))
-    order = torch.from_numpy(np.argsort(owner.numpy().astype(np.min_scalar_type(len(floor))), kind="stable"))
-    scores, places = scores[order], places[order]  # those of a query together
-    counts = torch.bincount(owner, minlength=len(floor))
-    starts = counts.cumsum(0) - counts
-    by_count = counts.argsort()  # a block is as wide as the most hits in it
-
-    def merge(block: Tensor) -> None:
-        columns = torch.arange(int(counts[block].max()))
-        cells = (starts[block][:, None] + columns).clamp(max=len(scores) - 1)
-        none = columns >= counts[block][:, None]
-        together = torch.cat([best.scores[block], scores[cells].masked_fill(none, -torch.inf)], dim=1)
-        values, chosen = together.topk(best.scores.shape[1], dim=1)
-        found = torch.cat([best.places[block], places[cells].masked_fill(none, -1)], dim=1)
-        best.scores[block], best.places[block] = values, found.gather(1, chosen)
-
-    list(workers.pool.map(merge, by_count.split(_BLOCK)))
-    return best
+    if met:
+        merge(best, met, workers.pool.map)
 
 
 def _laps(first: int, width: int) -> list[slice]:
@@ -195,7 +167,7 @@ def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) ->
             nearest, *others = _laps(first, part.shape[1])
             best = _first_lap(queries_QD, part[:, nearest].contiguous(), read, k, workers)
             for lap in others:
-                best = _further_lap(queries_QD, part[:, lap].contiguous(), read, best, workers)
+                _further_lap(queries_QD, part[:, lap].contiguous(), read, best, workers)
             known = best.places >= 0
             scores[start : start + step] = best.scores.numpy()
             rows[start : start + step] = torch.where(known, read.rows[best.places.clamp(min=0)], -1).numpy()

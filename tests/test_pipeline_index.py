@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import ann
+from pipeline import ann, hits
 from pipeline import index as index_module
 from pipeline.ann import GPU_CAP, IndexConfig, Searcher, exact_top_k, lists, make, resolve_kind
 from pipeline.cleanup import RetentionConfig, clean
@@ -46,8 +46,9 @@ def test_exact_top_k_is_brute_force_with_ties_by_smallest_row(count, seed, width
     vectors, queries = (rng.integers(-largest, largest + 1, (n, 3)).astype(np.float32) for n in (count, 5))
     k = data.draw(st.integers(1, count))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_ITEMS", width), ("_SCORES", 3 * width), ("_WAITING", waiting), ("_ROWS", 2)):
+        for name, value in (("_ITEMS", width), ("_SCORES", 3 * width), ("_WAITING", waiting)):
             patch.setattr(ann, name, value)
+        patch.setattr(hits, "_BLOCK", 2)
         scores, rows = exact_top_k(queries, vectors, k)
     assert rows.tolist() == [brute(query, vectors, k, set()) for query in queries]
     assert (scores == np.take_along_axis(queries @ vectors.T, rows, axis=1)).all()

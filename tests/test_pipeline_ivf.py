@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import ivf
+from pipeline import hits, ivf
 from pipeline.ann import IndexConfig, Searcher, load, make, save
 from pipeline.ivf import search_lists, worthwhile
 
@@ -29,6 +29,7 @@ def test_it_is_brute_force_over_the_probed_lists(seed, count, nlist, k, first):
         patch.setattr(ivf, "QUERIES", 3)
         patch.setattr(ivf, "_FIRST", first)
         patch.setattr(ivf, "_BLOCK", 2)
+        patch.setattr(hits, "_BLOCK", 2)
         patch.setattr(ivf, "_GROWTH", 1)
         patch.setattr(ivf, "_WIDTH", 0)  # the floor is met after the first lists, however few they hold
         scores, rows = search_lists(queries, probes, k, lists_of(owner, vectors))
