@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from pipeline.files import disk_broken, disk_full
 from schemas.errors import ConfigError, PipelineError
-from schemas.secrets import redact
+from schemas.secrets import keep_secrets, redact
 
 # command -> (what it does, does it take --snapshot, does it take --split)
 COMMANDS = {
@@ -172,24 +170,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-class _Masked(logging.LogRecord):
-    """What any library logs, without secrets."""
-
-    def getMessage(self) -> str:
-        """The message, its arguments put in."""
-        return redact(super().getMessage())
-
-
-def _traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """An error that nobody expected, at full length and without secrets."""
-    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
-def _keep_secrets() -> None:
-    logging.setLogRecordFactory(_Masked)
-    sys.excepthook = _traceback
-
-
 def _stay_local() -> None:
     """A Ray session of this machine alone listens on the loopback address alone; Ray reads this when it is imported.
 
@@ -232,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a known error, 2 usage (argparse), 3 held, 130 interrupted; else a traceback."""
     arguments = build_parser().parse_args(argv)
     _quiet()
-    _keep_secrets()
+    keep_secrets()
     _stay_local()
     with _OneLine() as outcome:
         result = _job(arguments)()

@@ -17,7 +17,8 @@ from item_tower.embed import EmbedConfig
 from item_tower.encoder import tokenise_texts
 from item_tower.prompt import require_text
 from jobs.context import Context, TowerInForce
-from jobs.embed_worker import PROBE, ROW, WorkOrder, default_threads
+from jobs.embed_worker import PROBE, ROW, EmbedAndWrite, WorkOrder, default_threads
+from jobs.ray_process import on_ray, packed
 from pipeline.cache import (
     EmbeddingPlan,
     announced,
@@ -60,10 +61,8 @@ class Totals:
 def embed_windows(
     order: WorkOrder, windows: list[pa.Table], workers: int | None
 ) -> Generator[dict[str, Any], None, None]:
-    """The windows through Ray, which is imported here and nowhere before."""
-    from jobs.embed_ray import embed_windows as on_ray
-
-    return on_ray(order, windows, workers)
+    """The windows through Ray; yields the report of each (``embed_worker.REPORT``)."""
+    return on_ray("embed_windows", packed(EmbedAndWrite, order=order), windows, workers)
 
 
 def _window(rows: NDArray[np.int64], probe: bool) -> pa.Table:

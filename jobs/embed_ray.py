@@ -1,9 +1,14 @@
-"""The Ray Data side of embed-items: start or join a session, run the workers over the windows, show progress."""
+"""The Ray Data side of embed-items: start or join a session, run the workers over the windows, show progress.
+
+Runs in a process of its own (``jobs.ray_process``), so nothing that the workers alone need, such as PyTorch, is
+imported here.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -15,11 +20,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from jobs.embed_ledger import Ledger
-from jobs.embed_worker import EmbedAndWrite, WorkOrder
 from jobs.ray_guard import watch
 from schemas.errors import PipelineError
 
 _POLL_SECONDS = 1.0
+
+
+class Worker:
+    """The actor: makes what ``packed`` describes in the process where it runs."""
+
+    def __init__(self, work: bytes, **more: Any) -> None:
+        worker, arguments = pickle.loads(work)
+        self.worker = worker(**arguments, **more)
+
+    def __call__(self, window: pa.Table) -> pa.Table:
+        return self.worker(window)
 
 
 class _RemoteLedger:
@@ -36,7 +51,7 @@ class _RemoteLedger:
 
 
 @contextmanager
-def _session() -> Iterator[None]:
+def session() -> Iterator[None]:
     """A Ray session: the open one, left open; else the cluster of RAY_ADDRESS or a local one, ended afterwards."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     started_here = not ray.is_initialized()
@@ -84,21 +99,20 @@ def _progress(ledger: Any, total: int) -> Iterator[tqdm]:
             thread.join()
 
 
-def embed_windows(
-    order: WorkOrder, windows: list[pa.Table], workers: int | None
-) -> Generator[dict[str, Any], None, None]:
+def embed_windows(work: bytes, windows: list[pa.Table], workers: int | None) -> Generator[dict[str, Any], None, None]:
     """Run Ray Data over windows of catalog rows; yields the report of each as it is done (``embed_worker.REPORT``).
+    work: ``packed`` of a worker that takes a ``ledger`` too.
 
     Workers, with a GPU each where there are any, must see the catalog's and the table's folder. A worker that dies
     is started again, and its window with it. Raises what the item tower raised.
     """
-    with _session():
+    with session():
         gpus = int(ray.cluster_resources().get("GPU", 0))
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
         reports = ray.data.from_arrow(windows).map_batches(
-            EmbedAndWrite,
-            fn_constructor_kwargs={"order": order, "ledger": _RemoteLedger(ledger)},
+            Worker,
+            fn_constructor_kwargs={"work": work, "ledger": _RemoteLedger(ledger)},
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -116,19 +130,17 @@ def embed_windows(
                 yield report
 
 
-def map_windows(
-    worker: type, arguments: dict[str, Any], windows: list[pa.Table], label: str, workers: int | None
-) -> Iterator[pa.Table]:
-    """Run a callable class over windows on Ray Data, an Arrow table each way; yields the answers in their order.
+def map_windows(work: bytes, windows: list[pa.Table], label: str, workers: int | None) -> Iterator[pa.Table]:
+    """Run a worker (``packed``) over windows on Ray Data, an Arrow table each way; yields the answers in their order.
 
-    Workers get a GPU each where there are any. Raises what the class raised.
+    Workers get a GPU each where there are any. Raises what the worker raised.
     """
-    with _session():
+    with session():
         gpus = int(ray.cluster_resources().get("GPU", 0))
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         answers = ray.data.from_arrow(windows).map_batches(
-            worker,
-            fn_constructor_kwargs=arguments,
+            Worker,
+            fn_constructor_kwargs={"work": work},
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,

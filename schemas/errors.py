@@ -49,6 +49,10 @@ class GateError(PipelineError):
     """A figure of tonight's output is outside its limit; nothing was published."""
 
 
+class ClusterError(PipelineError):
+    """Ray did not start, or its session died."""
+
+
 class TrainingError(PipelineError):
     """A training cannot go on."""
 

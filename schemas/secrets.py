@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import sys
+import traceback
 import urllib.parse
+from typing import Any
 
 MASK = "***"
 _SHORTEST = 8  # of a value that is looked for: a shorter one would be found in ordinary words
@@ -36,3 +40,22 @@ def redact(text: str) -> str:
     if "://" not in text:
         return text
     return _ARGUMENT.sub(rf"\1{MASK}", _USERINFO.sub(f"://{MASK}@", text))
+
+
+class _Masked(logging.LogRecord):
+    """What any library logs, without secrets."""
+
+    def getMessage(self) -> str:
+        """The message, its arguments put in."""
+        return redact(super().getMessage())
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """An error that nobody expected, at full length and without secrets."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def keep_secrets() -> None:
+    """From here on no log line and no traceback of this process shows one."""
+    logging.setLogRecordFactory(_Masked)
+    sys.excepthook = _traceback

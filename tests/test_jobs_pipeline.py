@@ -298,29 +298,22 @@ def test_a_tower_of_text_and_ids_that_reads_times_solves_the_board_too(workspace
 @pytest.mark.ray
 def test_embed_items_on_a_real_ray_session(workspace, bert_folder):
     """Two workers, windows of 5 texts, one commit; then a worker's error arrives as one line."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        base = ("--set", "item_tower.use=base", "--set", "embed.window=5", "--set", "embed.workers=2")
-        workspace.run("prepare-data")
-        first = workspace.run("embed-items", *base)
-        assert first["embedded"] == 24
-        assert ray.is_initialized()
-        assert len(list(workspace.store.glob("item_embeddings/_delta_log/*.json"))) == 3  # made, 24 rows, sealed
-        assert workspace.run("embed-items", *base)["embedded"] == 0
-        store = Store(workspace.store)
-        assert store.require(Snapshot).items == 24
-        before = workspace.published()
-        model = workspace.folder / "broken"
-        shutil.copytree(bert_folder, model)
-        _poison(model)
-        error = workspace.fails("embed-items", *base, "--set", f"encoder.model={model}")
-        assert error["kind"] == "Gate"
-        assert "not finite" in error["error"]
-        assert workspace.published() == before
-    finally:
-        ray.shutdown()
+    base = ("--set", "item_tower.use=base", "--set", "embed.window=5", "--set", "embed.workers=2")
+    workspace.run("prepare-data")
+    first = workspace.run("embed-items", *base)
+    assert first["embedded"] == 24
+    assert len(list(workspace.store.glob("item_embeddings/_delta_log/*.json"))) == 3  # made, 24 rows, sealed
+    assert workspace.run("embed-items", *base)["embedded"] == 0
+    store = Store(workspace.store)
+    assert store.require(Snapshot).items == 24
+    before = workspace.published()
+    model = workspace.folder / "broken"
+    shutil.copytree(bert_folder, model)
+    _poison(model)
+    error = workspace.fails("embed-items", *base, "--set", f"encoder.model={model}")
+    assert error["kind"] == "Gate"
+    assert "not finite" in error["error"]
+    assert workspace.published() == before
 
 
 def _poison(model) -> None:

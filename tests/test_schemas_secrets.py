@@ -110,7 +110,7 @@ def test_an_unreachable_server_is_named_without_its_password(workspace, secrets,
 
 def test_an_unexpected_error_and_what_libraries_log_are_masked(secrets):
     code = (
-        "import logging, os, sys\nfrom jobs import cli\ncli._keep_secrets()\nlogging.basicConfig()\n"
+        "import logging, os, sys\nfrom schemas import secrets\nsecrets.keep_secrets()\nlogging.basicConfig()\n"
         "logging.getLogger('urllib3').warning('retry %s', os.environ['HF_TOKEN'])\n"
         f"raise RuntimeError('http://me:' + {PASSWORD!r} + '@h: ' + os.environ['AWS_SECRET_ACCESS_KEY'])"
     )

@@ -1,0 +1,148 @@
+"""Ray in a process of its own, which imports neither torch nor MLflow.
+
+When a raylet dies (killed for memory, a port taken), Ray ends its driver at once, inside its C++ library, without an
+exception. Here that is not the command, which commits what is finished and says what happened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Generator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from schemas.errors import ClusterError
+from schemas.secrets import keep_secrets
+
+_MODULE = "jobs.embed_ray"  # imported there, not here
+_ENDING_SECONDS = 30.0
+
+
+def packed(worker: type, **arguments: Any) -> bytes:
+    """A class and what to make it with, which is unpacked where it works."""
+    return pickle.dumps((worker, arguments))
+
+
+def on_ray(name: str, *arguments: Any) -> Generator[Any, None, None]:
+    """Yield what the generator of that name in ``jobs.embed_ray`` yields; closing this one ends Ray.
+
+    A session that is open in this process is used, here. Else the generator runs in a process of its own, which must
+    be able to unpickle the arguments. A local session that does not come up is tried once more. Raises what the
+    generator raises, ClusterError when Ray does not start or its session dies.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        yield from getattr(importlib.import_module(_MODULE), name)(*arguments)
+        return
+    tries = 1 if os.environ.get("RAY_ADDRESS") else 2
+    for attempt in range(1, tries + 1):
+        answers, process = _start(name, arguments)
+        try:
+            why = yield from _answers(answers, process)
+        finally:
+            answers.close()
+            _end(process)
+        if why is None:
+            return
+        if attempt < tries:
+            print(f"Ray did not start ({why}); trying once more", file=sys.stderr)
+    raise ClusterError(f"Ray did not start: {why}. {_where_to_look()}")
+
+
+def _answers(answers: Connection, process: BaseProcess) -> Generator[Any, None, str | None]:
+    """Yield the values; returns why there is no session, None after the last value."""
+    started = False
+    while True:
+        try:
+            kind, value = answers.recv()
+        except EOFError:
+            process.join(_ENDING_SECONDS)
+            ended = f"its driver ended with status {process.exitcode}"
+            if not started:
+                return ended
+            raise ClusterError(
+                f"the Ray session died: {ended}, as it does when a raylet is killed, most often for memory. What was "
+                f"finished is kept: run the command again. {_where_to_look()}"
+            ) from None
+        if kind == "error":
+            process.join(_ENDING_SECONDS)
+            if not started:
+                return f"{type(value).__name__}: {value}"
+            raise value
+        if kind == "end":
+            process.join(_ENDING_SECONDS)
+            return None
+        if kind == "started":
+            started = True
+        else:
+            yield value
+
+
+def _where_to_look() -> str:
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        return f"RAY_ADDRESS is {address}: see that this cluster is up"
+    return f"Ray's logs: {os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
+
+
+def _start(name: str, arguments: tuple[Any, ...]) -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_drive, args=(sender, _MODULE, name, arguments), name="ray-driver")
+    process.start()
+    sender.close()  # the other process holds the only one: its death is the end of the pipe
+    return receiver, process
+
+
+def _end(process: BaseProcess) -> None:
+    """Ask it to shut Ray down, which it may have done; what it then leaves, its guard ends."""
+    process.terminate()
+    process.join(_ENDING_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _drive(sender: Connection, driver: str, name: str, arguments: tuple[Any, ...]) -> None:
+    """The process: sends ("started", None), ("value", each), then ("end", None) or ("error", the exception)."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's goes to both; the command ends this one
+    try:
+        keep_secrets()
+        module = importlib.import_module(driver)
+        with module.session():
+            sender.send(("started", None))
+            for value in getattr(module, name)(*arguments):
+                sender.send(("value", value))
+        sender.send(("end", None))
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        sender.send(("error", _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as another process can read it, its traceback as a note."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        portable = pickle.loads(pickle.dumps(error))
+    except Exception:
+        portable = RuntimeError(f"{type(error).__name__}: {error}")
+    portable.add_note(trace)
+    return portable
