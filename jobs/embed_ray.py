@@ -20,10 +20,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from jobs.embed_ledger import Ledger
-from jobs.ray_guard import watch
 from schemas.errors import PipelineError
 
 _POLL_SECONDS = 1.0
+tqdm.set_lock(threading.RLock())  # its lock between processes is reported as leaked where Ray ends this one
 
 
 class Worker:
@@ -57,7 +57,6 @@ def session() -> Iterator[None]:
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    guard = watch() if started_here else None
     try:
         settings = ray.data.DataContext.get_current()
         settings.enable_progress_bars = False
@@ -73,8 +72,6 @@ def session() -> Iterator[None]:
     finally:
         if started_here:
             ray.shutdown()
-        if guard is not None and guard.stdin is not None:
-            guard.stdin.close()
 
 
 @contextmanager

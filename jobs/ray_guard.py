@@ -10,55 +10,42 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _GRACE_SECONDS = 5.0
+_SESSION = 3  # among the fields of /proc/N/stat from the state on
 
 
-def _stat(number: int) -> list[str]:
-    """Fields of a process from its state on; [] when there is none. [1] is its parent, [19] its start."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _descendants(root: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        fields = _stat(int(entry.name)) if entry.name.isdigit() else []
-        if fields:
-            parents[int(entry.name)] = int(fields[1])
-    found: list[int] = []
-    wanted = {root}
-    while wanted:
-        wanted = {number for number, parent in parents.items() if parent in wanted}
-        found.extend(wanted)
+def _members(session: int) -> list[int]:
+    """The processes of a session of the system (setsid), none of which can be of another one."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[_SESSION]) == session:
+                found.append(int(entry.name))
     return found
 
 
 def watch() -> subprocess.Popen[bytes] | None:
-    """Start a guard over all processes that this one has started so far; None where there is no /proc.
+    """Start a guard over all that this process starts, which must lead a session of the system; None without /proc.
 
-    Close its standard input when they are to be gone.
+    When this process is gone, or closes the guard's standard input, the guard ends what is left after 5 seconds.
     """
     if not Path("/proc/self/stat").exists():
         return None
-    marked = [f"{number}:{_stat(number)[19]}" for number in _descendants(os.getpid()) if _stat(number)]
-    command = [sys.executable, __file__, *marked]
+    command = [sys.executable, __file__, str(os.getsid(0))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def main(marked: list[str]) -> None:
-    """Wait for the end of standard input, then kill what is left of the marked processes (number:start)."""
+def main(session: int) -> None:
+    """Wait for the end of standard input, then kill what is left of the session."""
     sys.stdin.buffer.read()
     time.sleep(_GRACE_SECONDS)
-    for mark in marked:
-        number, start = mark.split(":")
-        fields = _stat(int(number))
-        if fields and fields[19] == start:
-            os.kill(int(number), signal.SIGKILL)
+    for number in _members(session):
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(int(sys.argv[1]))

@@ -7,22 +7,25 @@ exception. Here that is not the command, which commits what is finished and says
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Generator
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
+from jobs.ray_guard import watch
 from schemas.errors import ClusterError
 from schemas.secrets import keep_secrets
 
 _MODULE = "jobs.embed_ray"  # imported there, not here
+_END = signal.SIGUSR1  # to itself; of SIGTERM Ray prints a stack trace
 _ENDING_SECONDS = 30.0
 
 
@@ -57,15 +60,16 @@ def on_ray(name: str, *arguments: Any) -> Generator[Any, None, None]:
     raise ClusterError(f"Ray did not start: {why}. {_where_to_look()}")
 
 
-def _answers(answers: Connection, process: BaseProcess) -> Generator[Any, None, str | None]:
+def _answers(answers: Connection, process: subprocess.Popen[bytes]) -> Generator[Any, None, str | None]:
     """Yield the values; returns why there is no session, None after the last value."""
     started = False
     while True:
+        while not answers.poll(1.0):  # with MLflow loaded, a read alone did not hear Ctrl-C
+            pass
         try:
             kind, value = answers.recv()
         except EOFError:
-            process.join(_ENDING_SECONDS)
-            ended = f"its driver ended with status {process.exitcode}"
+            ended = f"its driver ended with status {process.wait()}"
             if not started:
                 return ended
             raise ClusterError(
@@ -73,12 +77,10 @@ def _answers(answers: Connection, process: BaseProcess) -> Generator[Any, None, 
                 f"finished is kept: run the command again. {_where_to_look()}"
             ) from None
         if kind == "error":
-            process.join(_ENDING_SECONDS)
             if not started:
                 return f"{type(value).__name__}: {value}"
             raise value
         if kind == "end":
-            process.join(_ENDING_SECONDS)
             return None
         if kind == "started":
             started = True
@@ -93,36 +95,50 @@ def _where_to_look() -> str:
     return f"Ray's logs: {os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
 
 
-def _start(name: str, arguments: tuple[Any, ...]) -> tuple[Connection, BaseProcess]:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_drive, args=(sender, _MODULE, name, arguments), name="ray-driver")
-    process.start()
-    sender.close()  # the other process holds the only one: its death is the end of the pipe
-    return receiver, process
+def _start(name: str, arguments: tuple[Any, ...]) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """The process, told what to do on its standard input, whose end tells it to end."""
+    reading, writing = os.pipe()
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(writing)],
+        stdin=subprocess.PIPE,
+        pass_fds=[writing],
+        start_new_session=True,  # for the guard; and a terminal's Ctrl-C goes to the command alone
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    os.close(writing)  # the other process holds the only one: its death is the end of the pipe
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        pickle.dump((_MODULE, name, arguments), process.stdin)
+        process.stdin.flush()
+    return Connection(reading, writable=False), process
 
 
-def _end(process: BaseProcess) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Ask it to shut Ray down, which it may have done; what it then leaves, its guard ends."""
-    process.terminate()
-    process.join(_ENDING_SECONDS)
-    if process.is_alive():
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(_ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
         process.kill()
-        process.join()
+        process.wait()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with_input() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), _END)
+    time.sleep(_ENDING_SECONDS)
     os._exit(1)
 
 
-def _drive(sender: Connection, driver: str, name: str, arguments: tuple[Any, ...]) -> None:
+def _drive(sender: Connection) -> None:
     """The process: sends ("started", None), ("value", each), then ("end", None) or ("error", the exception)."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's goes to both; the command ends this one
+    signal.signal(_END, lambda *_: sys.exit(1))
+    guard = watch()  # before anything is started; it goes on when this process ends
+    driver, name, arguments = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         keep_secrets()
         module = importlib.import_module(driver)
@@ -135,6 +151,9 @@ def _drive(sender: Connection, driver: str, name: str, arguments: tuple[Any, ...
         sys.exit(1)
     except Exception as error:
         sender.send(("error", _portable(error)))
+    finally:
+        if guard is not None and guard.stdin is not None:
+            guard.stdin.close()
 
 
 def _portable(error: Exception) -> Exception:
@@ -146,3 +165,8 @@ def _portable(error: Exception) -> Exception:
         portable = RuntimeError(f"{type(error).__name__}: {error}")
     portable.add_note(trace)
     return portable
+
+
+if __name__ == "__main__":
+    os.set_inheritable(int(sys.argv[1]), False)
+    _drive(Connection(int(sys.argv[1]), readable=False))
