@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from item_tower.encoder import tokenise_texts
 from item_tower.prompt import require_text
 from jobs.context import Context, TowerInForce
 from jobs.embed_worker import PROBE, ROW, EmbedAndWrite, WorkOrder, default_threads
-from jobs.ray_process import on_ray, packed
+from jobs.ray_process import RayDriver, packed
 from pipeline.cache import (
     EmbeddingPlan,
     announced,
@@ -58,18 +57,13 @@ class Totals:
         self.failed |= dict(zip(report["failed_rows"], report["failed_reasons"], strict=True))
 
 
-def embed_windows(
-    order: WorkOrder, windows: list[pa.Table], workers: int | None
-) -> Generator[dict[str, Any], None, None]:
-    """The windows through Ray; yields the report of each (``embed_worker.REPORT``)."""
-    return on_ray("embed_windows", packed(EmbedAndWrite, order=order), windows, workers)
-
-
 def _window(rows: NDArray[np.int64], probe: bool) -> pa.Table:
     return pa.table({ROW: pa.array(rows), PROBE: pa.array(np.full(len(rows), probe))})
 
 
-def _embed_missing(context: Context, tower: TowerInForce, plan: EmbeddingPlan, run_id: str) -> Totals:
+def _embed_missing(
+    context: Context, tower: TowerInForce, plan: EmbeddingPlan, run_id: str, driver: RayDriver
+) -> Totals:
     """Embed what is missing, committing as windows come in. Raises GateError before the first commit when the
     texts of stored vectors come out different tonight, or when too many texts fail."""
     config, limits, table = context.config.embed, context.config.gates, context.store.embeddings
@@ -102,7 +96,8 @@ def _embed_missing(context: Context, tower: TowerInForce, plan: EmbeddingPlan, r
             table.commit(plan.fingerprint, files)
         waiting.clear()
 
-    with closing(embed_windows(order, windows, workers)) as reports:  # ends Ray before an error is shown
+    reports = driver.stream("embed_windows", packed(EmbedAndWrite, order=order), windows, workers)
+    with closing(reports):  # ends Ray before an error is shown
         try:
             for report in reports:
                 if report["vectors"] is not None:
@@ -232,22 +227,25 @@ def run(context: Context, plan_only: bool = False, allow_full: bool = False) -> 
     sections = context.settings("embed", "encoder", "template", "item_tower", "data", "gates")
     tags = {"fingerprint": tower.fingerprint, "dataset": dataset.digest}
     with (
+        RayDriver(ahead=plan.embedded > 0) as driver,
         announced(store, snapshot_items(scan, set())),
         context.tracker.run("embed-items", f"embed-items-{config.item_tower.use}", sections, tags) as run,
     ):
         plan = plan_embedding(store, tower.fingerprint, scan, failed)  # now that no clean-up takes what it reuses
-        snapshot, totals = _publish(context, tower, plan, run.run_id)
+        snapshot, totals = _publish(context, tower, plan, run.run_id, driver)
         result = _report(snapshot, plan, totals, time.perf_counter() - started)
         run.tags({"snapshot": snapshot.id})
         run.metrics({name: value for name, value in result.items() if isinstance(value, int | float)})
         return result
 
 
-def _publish(context: Context, tower: TowerInForce, plan: EmbeddingPlan, run_id: str) -> tuple[Snapshot, Totals]:
+def _publish(
+    context: Context, tower: TowerInForce, plan: EmbeddingPlan, run_id: str, driver: RayDriver
+) -> tuple[Snapshot, Totals]:
     config, limits = context.config, context.config.gates
     started, totals = time.perf_counter(), Totals()
     if plan.embedded:
-        totals = _embed_missing(context, tower, plan, run_id)
+        totals = _embed_missing(context, tower, plan, run_id, driver)
     way_out = "Raise encoder.max_length, shorten the texts, or raise gates.max_truncated"
     truncated = pass_gate("truncated", totals.truncated / max(1, totals.texts), limits.max_truncated, way_out)
     places, quarantine = _left_out(plan, totals)

@@ -10,8 +10,9 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -27,14 +28,18 @@ tqdm.set_lock(threading.RLock())  # its lock between processes is reported as le
 
 
 class Worker:
-    """The actor: makes what ``packed`` describes in the process where it runs."""
+    """The actor: makes what ``packed`` describes, in the process where it runs and in the thread that calls it."""
 
     def __init__(self, work: bytes, **more: Any) -> None:
-        worker, arguments = pickle.loads(work)
-        self.worker = worker(**arguments, **more)
+        self._work, self._more = work, more
+
+    @cached_property
+    def _worker(self) -> Callable[[pa.Table], pa.Table]:
+        worker, arguments = pickle.loads(self._work)
+        return worker(**arguments, **self._more)
 
     def __call__(self, window: pa.Table) -> pa.Table:
-        return self.worker(window)
+        return self._worker(window)
 
 
 class _RemoteLedger:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jobs.config import Config
 from jobs.context import Context, ServingTower, inputs_hash
-from jobs.ray_process import on_ray, packed
+from jobs.ray_process import RayDriver, packed
 from jobs.train_user import catalog_rows
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import read_items
@@ -77,7 +77,8 @@ def item_keys(context: Context, serving: ServingTower) -> NDArray[np.uint64]:
 def _on_ray(config: Config, arguments: dict[str, Any], windows: list[pa.Table]) -> Iterator[pa.Table]:
     """The windows through Ray."""
     work = packed(UserWorker, config=config, **arguments)
-    return on_ray("map_windows", work, windows, "embed-users", config.embed.workers)
+    with RayDriver() as driver:
+        yield from driver.stream("map_windows", work, windows, "embed-users", config.embed.workers)
 
 
 def _answers(context: Context, arguments: dict[str, Any], fresh: list[IntArray]) -> Iterator[pa.Table]:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from jobs.ray_guard import watch
@@ -34,58 +35,111 @@ def packed(worker: type, **arguments: Any) -> bytes:
     return pickle.dumps((worker, arguments))
 
 
-def on_ray(name: str, *arguments: Any) -> Generator[Any, None, None]:
-    """Yield what the generator of that name in ``jobs.embed_ray`` yields; closing this one ends Ray.
+class RayDriver:
+    """Ray's driver, in a process of its own; a session that is open in this process is used, here.
 
-    A session that is open in this process is used, here. Else the generator runs in a process of its own, which must
-    be able to unpickle the arguments. A local session that does not come up is tried once more. Raises what the
-    generator raises, ClusterError when Ray does not start or its session dies.
+    ahead: the session comes up while the caller does other things, else when there is work. A context manager:
+    leaving it ends Ray.
     """
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        yield from getattr(importlib.import_module(_MODULE), name)(*arguments)
-        return
-    tries = 1 if os.environ.get("RAY_ADDRESS") else 2
-    for attempt in range(1, tries + 1):
-        answers, process = _start(name, arguments)
-        try:
-            why = yield from _answers(answers, process)
-        finally:
-            answers.close()
-            _end(process)
-        if why is None:
+
+    def __init__(self, ahead: bool = False) -> None:
+        ray = sys.modules.get("ray")
+        self._here = ray is not None and ray.is_initialized()
+        self._process = _Process() if ahead and not self._here else None
+
+    def __enter__(self) -> RayDriver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.end()
+
+    def stream(self, name: str, *arguments: Any) -> Generator[Any, None, None]:
+        """Yield what the generator of that name in ``jobs.embed_ray`` yields; once. The arguments are pickled.
+
+        A local session that does not come up is tried once more. Raises what the generator raises, ClusterError when
+        Ray does not start or its session dies.
+        """
+        if self._here:
+            yield from getattr(importlib.import_module(_MODULE), name)(*arguments)
             return
-        if attempt < tries:
+        self._process = self._process or _Process()
+        why = self._process.why_not_started()
+        if why is not None and not os.environ.get("RAY_ADDRESS"):
             print(f"Ray did not start ({why}); trying once more", file=sys.stderr)
-    raise ClusterError(f"Ray did not start: {why}. {_where_to_look()}")
+            self._process.end()
+            self._process = _Process()
+            why = self._process.why_not_started()
+        if why is not None:
+            raise ClusterError(f"Ray did not start: {why}. {_where_to_look()}")
+        try:
+            yield from self._process.run(name, arguments)
+        finally:
+            self._process.end()
 
 
-def _answers(answers: Connection, process: subprocess.Popen[bytes]) -> Generator[Any, None, str | None]:
-    """Yield the values; returns why there is no session, None after the last value."""
-    started = False
-    while True:
-        while not answers.poll(1.0):  # with MLflow loaded, a read alone did not hear Ctrl-C
+class _Process:
+    """The process: told what to do on its standard input, whose end ends it, it answers on a pipe."""
+
+    def __init__(self) -> None:
+        reading, writing = os.pipe()
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, _MODULE, str(writing)],
+            stdin=subprocess.PIPE,
+            pass_fds=[writing],
+            start_new_session=True,  # for the guard; and a terminal's Ctrl-C goes to the command alone
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+        os.close(writing)  # the other process holds the only one: its death is the end of the pipe
+        self._answers = Connection(reading, writable=False)
+
+    def _next(self) -> tuple[str, Any]:
+        """The next message; ("died", how) after the last one."""
+        while not self._answers.poll(1.0):  # with MLflow loaded, a read alone did not hear Ctrl-C
             pass
         try:
-            kind, value = answers.recv()
+            return self._answers.recv()
         except EOFError:
-            ended = f"its driver ended with status {process.wait()}"
-            if not started:
-                return ended
-            raise ClusterError(
-                f"the Ray session died: {ended}, as it does when a raylet is killed, most often for memory. What was "
-                f"finished is kept: run the command again. {_where_to_look()}"
-            ) from None
-        if kind == "error":
-            if not started:
-                return f"{type(value).__name__}: {value}"
-            raise value
-        if kind == "end":
-            return None
+            return "died", f"its driver ended with status {self._process.wait()}"
+
+    def why_not_started(self) -> str | None:
+        """Wait for the session; None when it is up."""
+        kind, value = self._next()
         if kind == "started":
-            started = True
-        else:
+            return None
+        return f"{type(value).__name__}: {value}" if kind == "error" else value
+
+    def run(self, name: str, arguments: tuple[Any, ...]) -> Generator[Any, None, None]:
+        """Yield the values of a generator. Raises what it raises, ClusterError when the session dies."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            pickle.dump((name, arguments), self._process.stdin)
+            self._process.stdin.flush()
+        while True:
+            kind, value = self._next()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            if kind == "died":
+                raise ClusterError(
+                    f"the Ray session died: {value}, as it does when a raylet is killed, most often for memory. What "
+                    f"was finished is kept: run the command again. {_where_to_look()}"
+                )
             yield value
+
+    def end(self) -> None:
+        """Ask it to shut Ray down, which it may have done; what it then leaves, its guard ends."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._answers.close()
 
 
 def _where_to_look() -> str:
@@ -95,55 +149,28 @@ def _where_to_look() -> str:
     return f"Ray's logs: {os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
 
 
-def _start(name: str, arguments: tuple[Any, ...]) -> tuple[Connection, subprocess.Popen[bytes]]:
-    """The process, told what to do on its standard input, whose end tells it to end."""
-    reading, writing = os.pipe()
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(writing)],
-        stdin=subprocess.PIPE,
-        pass_fds=[writing],
-        start_new_session=True,  # for the guard; and a terminal's Ctrl-C goes to the command alone
-        env=os.environ | {"PYTHONPATH": paths},
-    )
-    os.close(writing)  # the other process holds the only one: its death is the end of the pipe
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        pickle.dump((_MODULE, name, arguments), process.stdin)
-        process.stdin.flush()
-    return Connection(reading, writable=False), process
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to shut Ray down, which it may have done; what it then leaves, its guard ends."""
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-    try:
-        process.wait(_ENDING_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _end_with_input() -> None:
-    os.read(sys.stdin.fileno(), 1)
+def _listen(work: SimpleQueue[tuple[str, tuple[Any, ...]]]) -> None:
+    """Hand on what comes on the standard input, then wait for its end, which ends this process."""
+    with suppress(EOFError):
+        work.put(pickle.load(sys.stdin.buffer))
+        os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), _END)
     time.sleep(_ENDING_SECONDS)
     os._exit(1)
 
 
-def _drive(sender: Connection) -> None:
+def _drive(driver: str, sender: Connection) -> None:
     """The process: sends ("started", None), ("value", each), then ("end", None) or ("error", the exception)."""
     signal.signal(_END, lambda *_: sys.exit(1))
     guard = watch()  # before anything is started; it goes on when this process ends
-    driver, name, arguments = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    work: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
+    threading.Thread(target=_listen, args=(work,), daemon=True).start()
     try:
         keep_secrets()
         module = importlib.import_module(driver)
         with module.session():
             sender.send(("started", None))
+            name, arguments = work.get()
             for value in getattr(module, name)(*arguments):
                 sender.send(("value", value))
         sender.send(("end", None))
@@ -168,5 +195,5 @@ def _portable(error: Exception) -> Exception:
 
 
 if __name__ == "__main__":
-    os.set_inheritable(int(sys.argv[1]), False)
-    _drive(Connection(int(sys.argv[1]), readable=False))
+    os.set_inheritable(int(sys.argv[2]), False)
+    _drive(sys.argv[1], Connection(int(sys.argv[2]), readable=False))

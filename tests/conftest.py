@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from item_tower.prompt import TemplateConfig
 from jobs import embed_items
 from jobs.cli import main
 from jobs.embed_ledger import Ledger
-from jobs.embed_worker import PROBE, ROW, EmbedAndWrite
+from jobs.embed_worker import PROBE, ROW
 from pipeline.catalog import read_texts
 
 torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
@@ -198,25 +199,36 @@ def workspace(tmp_path, bert_folder, capsys, monkeypatch) -> Workspace:
     return Workspace(tmp_path, toml, capsys)
 
 
-def embed_in_this_process(calls: list[list[str]]):
-    """In place of ``embed_items.embed_windows``: its worker, called here. Adds each call's texts to ``calls``."""
+class EmbedInThisProcess:
+    """In place of ``RayDriver``: the worker of embed-items, called here. Adds each call's texts to ``calls``."""
 
-    def embed(order, windows, workers):
-        worker = EmbedAndWrite(order, Ledger())
+    def __init__(self, calls: list[list[str]]) -> None:
+        self.calls = calls
+
+    def __call__(self, ahead: bool) -> EmbedInThisProcess:
+        return self
+
+    def __enter__(self) -> EmbedInThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stream(self, name, work, windows, workers):
+        made_of, arguments = pickle.loads(work)
+        worker = made_of(**arguments, ledger=Ledger())
         assert worker.encoder.dim  # loaded here, which sets the threads of a process of its own
         torch.set_num_threads(1)  # this one goes on with tiny models
         for window in windows:
             texts = read_texts(worker.catalog, worker.encoder.template, window.column(ROW).to_numpy())
             if not window.column(PROBE)[0].as_py():
-                calls.append(texts.column("text").to_pylist())
+                self.calls.append(texts.column("text").to_pylist())
             yield from worker(window).to_pylist()
-
-    return embed
 
 
 @pytest.fixture
 def embed_here(monkeypatch) -> list[list[str]]:
     """embed-items without Ray, its worker called in this process. Returns the texts of each call."""
     calls: list[list[str]] = []
-    monkeypatch.setattr(embed_items, "embed_windows", embed_in_this_process(calls))
+    monkeypatch.setattr(embed_items, "RayDriver", EmbedInThisProcess(calls))
     return calls

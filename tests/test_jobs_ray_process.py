@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import embed_in_this_process
+from conftest import EmbedInThisProcess
 from ray_drivers import FAIL_STARTS
 
 from jobs import embed_items, ray_process
-from jobs.ray_process import on_ray
+from jobs.ray_process import RayDriver
 from pipeline.store import Store
 from schemas.errors import ClusterError, DataError
 from schemas.records import Snapshot
@@ -31,22 +31,31 @@ def driver(monkeypatch, tmp_path) -> str:
 
 
 def test_values_come_in_order_from_another_process(driver):
-    values = list(on_ray("numbers", 5, "", driver))
+    values = list(RayDriver().stream("numbers", 5, "", driver))
     assert [number for number, _ in values] == [0, 1, 2, 3, 4]
     assert {process for _, process in values}.isdisjoint({os.getpid()})
     assert len({process for _, process in values}) == 1
 
 
+def test_a_session_that_is_not_needed_ends_with_its_block(driver):
+    with RayDriver(ahead=True) as ahead:
+        process = ahead._process._process.pid
+        assert Path(f"/proc/{process}").exists()
+    assert not Path(f"/proc/{process}").exists()
+    with RayDriver() as idle:
+        assert idle._process is None
+
+
 def test_a_start_that_fails_is_tried_once_more(driver, capsys):
     Path(driver, "starts").write_text("x")
-    assert len(list(on_ray("numbers", 3, "", driver))) == 3
+    assert len(list(RayDriver().stream("numbers", 3, "", driver))) == 3
     assert "Ray did not start (its driver ended with status 1); trying once more" in capsys.readouterr().err
 
 
 def test_two_starts_that_fail_are_one_clear_error(driver):
     Path(driver, "starts").write_text("xxx")
     with pytest.raises(ClusterError, match=r"Ray did not start: .*status 1\. Ray's logs: .*/session_latest/logs"):
-        list(on_ray("numbers", 3, "", driver))
+        list(RayDriver().stream("numbers", 3, "", driver))
     assert Path(driver, "starts").read_text() == "x"
 
 
@@ -54,12 +63,12 @@ def test_a_cluster_of_somebody_else_is_asked_once(driver, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     Path(driver, "starts").write_text("xx")
     with pytest.raises(ClusterError, match=r"RAY_ADDRESS is 10\.0\.0\.1:6379"):
-        list(on_ray("numbers", 3, "", driver))
+        list(RayDriver().stream("numbers", 3, "", driver))
     assert Path(driver, "starts").read_text() == "x"
 
 
 def test_a_death_on_the_way_is_an_error_after_what_was_finished(driver):
-    values = on_ray("numbers", 2, "die", driver)
+    values = RayDriver().stream("numbers", 2, "die", driver)
     assert [next(values)[0], next(values)[0]] == [0, 1]
     with pytest.raises(ClusterError, match=r"the Ray session died: .* run the command again"):
         next(values)
@@ -67,14 +76,14 @@ def test_a_death_on_the_way_is_an_error_after_what_was_finished(driver):
 
 def test_known_errors_arrive_as_they_are_and_others_with_their_traceback(driver):
     with pytest.raises(DataError, match="row 7 is bad"):
-        list(on_ray("numbers", 1, "data error", driver))
+        list(RayDriver().stream("numbers", 1, "data error", driver))
     with pytest.raises(RuntimeError, match="Odd: ") as caught:
-        list(on_ray("numbers", 1, "odd error", driver))
+        list(RayDriver().stream("numbers", 1, "odd error", driver))
     assert "ray_drivers.py" in caught.value.__notes__[0]
 
 
 def test_closing_ends_the_process_in_order(driver):
-    values = on_ray("numbers", 1, "wait", driver)
+    values = RayDriver().stream("numbers", 1, "wait", driver)
     process = next(values)[1]
     started = time.time()
     values.close()
@@ -86,7 +95,8 @@ def test_closing_ends_the_process_in_order(driver):
 def test_the_process_ends_with_a_command_that_is_killed(driver):
     code = (
         "from jobs import ray_process\nray_process._MODULE = 'ray_drivers'\n"
-        f"for _, process in ray_process.on_ray('numbers', 1, 'wait', {driver!r}):\n    print(process, flush=True)\n"
+        f"values = ray_process.RayDriver().stream('numbers', 1, 'wait', {driver!r})\n"
+        "for _, process in values:\n    print(process, flush=True)\n"
     )
     paths = os.pathsep.join(str(Path(__file__).parent.parent / name) for name in ("", "tests"))
     command = subprocess.Popen(
@@ -116,6 +126,6 @@ def test_embed_items_keeps_what_was_finished_before_the_session_died(workspace, 
     steps = [json.loads(line) for line in (workspace.store / "refresh.jsonl").read_text().splitlines()]
     assert (steps[-1]["step"], steps[-1]["error"]) == ("embed-items", "ClusterError")
     calls: list[list[str]] = []
-    monkeypatch.setattr(embed_items, "embed_windows", embed_in_this_process(calls))
+    monkeypatch.setattr(embed_items, "RayDriver", EmbedInThisProcess(calls))
     assert workspace.run("embed-items", *settings)["embedded"] == 19
     assert sum(map(len, calls)) == 19

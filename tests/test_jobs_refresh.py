@@ -271,7 +271,7 @@ def start_night(workspace, *sets: str, before: str = "") -> subprocess.Popen:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"import conftest; from jobs import cli, embed_items\n{before}\n"
-        f"embed_items.embed_windows = conftest.embed_in_this_process([]); sys.exit(cli.main({arguments}))"
+        f"embed_items.RayDriver = conftest.EmbedInThisProcess([]); sys.exit(cli.main({arguments}))"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
