@@ -10,6 +10,7 @@ import importlib
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from schemas.secrets import keep_secrets
 
 _MODULE = "jobs.embed_ray"  # imported there, not here
 _END = signal.SIGUSR1  # to itself; of SIGTERM Ray prints a stack trace
+_CONNECT_SECONDS = 10.0
 _ENDING_SECONDS = 30.0
 
 
@@ -39,12 +41,14 @@ class RayDriver:
     """Ray's driver, in a process of its own; a session that is open in this process is used, here.
 
     ahead: the session comes up while the caller does other things, else when there is work. A context manager:
-    leaving it ends Ray.
+    leaving it ends Ray. Raises ClusterError when nothing answers at RAY_ADDRESS.
     """
 
     def __init__(self, ahead: bool = False) -> None:
         ray = sys.modules.get("ray")
         self._here = ray is not None and ray.is_initialized()
+        if not self._here:
+            _require_cluster()
         self._process = _Process() if ahead and not self._here else None
 
     def __enter__(self) -> RayDriver:
@@ -142,6 +146,20 @@ class _Process:
         self._answers.close()
 
 
+def _require_cluster() -> None:
+    """Raises ClusterError at once where Ray itself would try for more than nine minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ClusterError(
+                f"no Ray cluster answers at RAY_ADDRESS {address} ({error}); start it, or unset RAY_ADDRESS to work "
+                f"on this machine alone"
+            ) from error
+
+
 def _where_to_look() -> str:
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -179,6 +197,7 @@ def _drive(driver: str, sender: Connection) -> None:
     except Exception as error:
         sender.send(("error", _portable(error)))
     finally:
+        signal.signal(_END, signal.SIG_IGN)
         if guard is not None and guard.stdin is not None:
             guard.stdin.close()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,11 +62,22 @@ def test_two_starts_that_fail_are_one_clear_error(driver):
 
 
 def test_a_cluster_of_somebody_else_is_asked_once(driver, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    Path(driver, "starts").write_text("xx")
-    with pytest.raises(ClusterError, match=r"RAY_ADDRESS is 10\.0\.0\.1:6379"):
-        list(RayDriver().stream("numbers", 3, "", driver))
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        address = f"127.0.0.1:{cluster.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        Path(driver, "starts").write_text("xx")
+        with pytest.raises(ClusterError, match=f"Ray did not start: .* RAY_ADDRESS is {re.escape(address)}"):
+            list(RayDriver().stream("numbers", 3, "", driver))
     assert Path(driver, "starts").read_text() == "x"
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_where_no_cluster_answers_the_command_says_so_at_once(driver, monkeypatch, scheme):
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        address = f"{scheme}127.0.0.1:{cluster.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at RAY_ADDRESS {address} .*unset RAY_ADDRESS"):
+        RayDriver(ahead=True)
 
 
 def test_a_death_on_the_way_is_an_error_after_what_was_finished(driver):
