@@ -221,7 +221,9 @@ def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
                 raise ConfigError(f"--set {assignment}: expected key=value, such as train.epochs=3")
             _nest(values, dotted.strip(), _parse(text.strip()))
         source = f"--set {sets}" if sets else f"{source}, variants"
-        return FileConfig(**values)
+        loaded = FileConfig(**values)
+        # a Config, which other processes can unpickle
+        return Config.model_construct(loaded.model_fields_set, **dict(loaded))
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from jobs.config import SHIPPED, load_config
@@ -14,6 +16,15 @@ def test_every_shipped_toml_loads_under_every_name_in_it(path):
     assert load_config(path.stem, None, []).model_dump() == config.model_dump()
     for name in config.variants:
         assert load_config(path.name, name, []).name == name
+
+
+def test_another_process_gets_the_same_configuration(tmp_path):
+    toml = tmp_path / "own.toml"
+    toml.write_text("[train]\nepochs = 2\n")
+    config = load_config(str(toml), "x", ["train.seed=7"])
+    there = pickle.loads(pickle.dumps(config))
+    assert there == config
+    assert (there.name, there.train.epochs, there.train.seed) == ("x", 2, 7)
 
 
 def test_later_sources_win(tmp_path, monkeypatch):
