@@ -169,7 +169,7 @@ def _where_to_look() -> str:
 
 def _listen(work: SimpleQueue[tuple[str, tuple[Any, ...]]]) -> None:
     """Hand on what comes on the standard input, then wait for its end, which ends this process."""
-    with suppress(EOFError):
+    with suppress(EOFError, pickle.UnpicklingError):  # the command was killed before it had said all of it
         work.put(pickle.load(sys.stdin.buffer))
         os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), _END)
