@@ -101,56 +101,50 @@ def _progress(ledger: Any, total: int) -> Iterator[tqdm]:
             thread.join()
 
 
+def _mapped(windows: list[pa.Table], workers: int | None, **arguments: Any) -> ray.data.Dataset:
+    """The windows through actors, with a GPU each where there are any."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return ray.data.from_arrow(windows).map_batches(
+        Worker,
+        fn_constructor_kwargs=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=workers or max(1, gpus)),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+
+
 def embed_windows(work: bytes, windows: list[pa.Table], workers: int | None) -> Generator[dict[str, Any], None, None]:
     """Run Ray Data over windows of catalog rows; yields the report of each as it is done (``embed_worker.REPORT``).
-    work: ``packed`` of a worker that takes a ``ledger`` too.
+    work: ``packed`` of a worker that takes a ``ledger`` too. In a ``session``.
 
     Workers, with a GPU each where there are any, must see the catalog's and the table's folder. A worker that dies
     is started again, and its window with it. Raises what the item tower raised.
     """
-    with session():
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
-        reports = ray.data.from_arrow(windows).map_batches(
-            Worker,
-            fn_constructor_kwargs={"work": work, "ledger": _RemoteLedger(ledger)},
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(size=workers or max(1, gpus)),
-            num_cpus=1,
-            num_gpus=1 if gpus else 0,
-        )
-        with _progress(ledger, sum(window.num_rows for window in windows)) as bar:
-            tokens = padded = 0
-            for report in reports.iter_rows():
-                tokens, padded = tokens + report["tokens"], padded + report["padded"]
-                waste = f"{1 - tokens / max(1, padded):.1%}"
-                speed = f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f}"
-                bar.set_postfix({"tokens/s": speed, "padding": waste}, refresh=False)
-                yield report
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
+    reports = _mapped(windows, workers, work=work, ledger=_RemoteLedger(ledger))
+    with _progress(ledger, sum(window.num_rows for window in windows)) as bar:
+        tokens = padded = 0
+        for report in reports.iter_rows():
+            tokens, padded = tokens + report["tokens"], padded + report["padded"]
+            waste = f"{1 - tokens / max(1, padded):.1%}"
+            speed = f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f}"
+            bar.set_postfix({"tokens/s": speed, "padding": waste}, refresh=False)
+            yield report
 
 
 def map_windows(work: bytes, windows: list[pa.Table], label: str, workers: int | None) -> Iterator[pa.Table]:
     """Run a worker (``packed``) over windows on Ray Data, an Arrow table each way; yields the answers in their order.
+    In a ``session``.
 
     Workers get a GPU each where there are any. Raises what the worker raised.
     """
-    with session():
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
-        answers = ray.data.from_arrow(windows).map_batches(
-            Worker,
-            fn_constructor_kwargs={"work": work},
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(size=workers or max(1, gpus)),
-            num_cpus=1,
-            num_gpus=1 if gpus else 0,
-        )
-        with tqdm(total=sum(window.num_rows for window in windows), desc=label, mininterval=1) as bar:
-            for answer in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                bar.update(answer.num_rows)
-                yield answer
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    answers = _mapped(windows, workers, work=work)
+    with tqdm(total=sum(window.num_rows for window in windows), desc=label, mininterval=1) as bar:
+        for answer in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            bar.update(answer.num_rows)
+            yield answer

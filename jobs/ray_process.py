@@ -41,14 +41,12 @@ class RayDriver:
     """Ray's driver, in a process of its own; a session that is open in this process is used, here.
 
     ahead: the session comes up while the caller does other things, else when there is work. A context manager:
-    leaving it ends Ray. Raises ClusterError when nothing answers at RAY_ADDRESS.
+    leaving it ends Ray. Where nothing answers at RAY_ADDRESS, starting it raises ClusterError.
     """
 
     def __init__(self, ahead: bool = False) -> None:
         ray = sys.modules.get("ray")
         self._here = ray is not None and ray.is_initialized()
-        if not self._here:
-            _require_cluster()
         self._process = _Process() if ahead and not self._here else None
 
     def __enter__(self) -> RayDriver:
@@ -65,7 +63,9 @@ class RayDriver:
         Ray does not start or its session dies.
         """
         if self._here:
-            yield from getattr(importlib.import_module(_MODULE), name)(*arguments)
+            module = importlib.import_module(_MODULE)
+            with module.session():
+                yield from getattr(module, name)(*arguments)
             return
         self._process = self._process or _Process()
         why = self._process.why_not_started()
@@ -86,6 +86,8 @@ class _Process:
     """The process: told what to do on its standard input, whose end ends it, it answers on a pipe."""
 
     def __init__(self) -> None:
+        """Raises ClusterError when nothing answers at RAY_ADDRESS."""
+        _require_cluster()
         reading, writing = os.pipe()
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         self._process = subprocess.Popen(

@@ -78,6 +78,8 @@ def test_where_no_cluster_answers_the_command_says_so_at_once(driver, monkeypatc
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ClusterError, match=f"no Ray cluster answers at RAY_ADDRESS {address} .*unset RAY_ADDRESS"):
         RayDriver(ahead=True)
+    with RayDriver():  # and asks for none where there is nothing to do
+        pass
 
 
 def test_a_death_on_the_way_is_an_error_after_what_was_finished(driver):
