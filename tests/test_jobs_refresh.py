@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -278,7 +279,9 @@ def start_night(workspace, *sets: str, before: str = "") -> subprocess.Popen:
 
 def kill_nights(workspace, kills: int) -> None:
     """SIGKILL at random moments. The champion must open and answer after each; a finished night brings a new day."""
-    always = ("--set", "refresh.train=always")
+    # thirty days in one night are more than these gates let pass; they are tested elsewhere
+    gates = ("refresh.gates.max_metric_loss=1.0", "refresh.gates.max_catalog_change=9.0")
+    always = ("--set", "refresh.train=always", "--set", gates[0], "--set", gates[1])
     workspace.run("refresh", *NIGHT, *always)
     copy = workspace.folder / "copy"
     subprocess.run(["cp", "-r", str(workspace.store), str(copy)], check=True)
@@ -299,7 +302,40 @@ def kill_nights(workspace, kills: int) -> None:
     assert resumed["promoted"], resumed["held_by"]
     whole = workspace.run("refresh", *NIGHT, *always, "--set", f"store={copy}")
     assert resumed["release"] == whole["release"]
+    require_swept(workspace)
+
+
+def require_swept(workspace) -> None:
+    """What was killed aside of its publication stays for ``job_hours``, as a running job's; then nothing of it is."""
+    workspace.run("snapshots", "clean", "--set", "retention.job_hours=0")
     assert list(workspace.store.glob("*/.*")) == []
+
+
+def test_what_a_night_killed_at_its_publication_left_is_not_read_and_goes_later(workspace, embed_here):
+    always = ("--set", "refresh.train=always")
+    first = workspace.run("refresh", *NIGHT, *always)
+    copy = workspace.folder / "copy"
+    subprocess.run(["cp", "-r", str(workspace.store), str(copy)], check=True)
+    add_day(workspace, 1)
+    at_the_rename = (
+        "import os, signal\nfrom pathlib import Path\nrename = Path.rename\n"
+        "def kill(path, target):\n"
+        "    if path.parent.name == 'snapshots': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return rename(path, target)\n"
+        "Path.rename = kill"
+    )
+    process = start_night(workspace, *always, before=at_the_rename)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = {path.name for path in workspace.store.glob("snapshots/.*")}
+    assert len(left) == 2  # the announced rows, and the snapshot without its name
+    assert champion(workspace).record.id == first["release"]
+    resumed = workspace.run("refresh", *NIGHT, *always)
+    assert resumed["promoted"]
+    assert left <= {path.name for path in workspace.store.glob("snapshots/.*")}
+    assert resumed["release"] == workspace.run("refresh", *NIGHT, *always, "--set", f"store={copy}")["release"]
+    require_swept(workspace)
+    assert workspace.run("refresh", *NIGHT)["release"] == resumed["release"]
 
 
 def test_a_killed_night_ends_in_the_release_of_one_that_was_not(workspace, embed_here):
