@@ -2,7 +2,8 @@
 
 For inference only, and after the fingerprint was taken: the weights change their form. Measured with MiniLM and
 product titles on two cores (`hllm bench embed`): PyTorch's flash attention is slow on rows of some 20 tokens,
-autocast casts and reorders every weight anew for each batch, and in float32 a product first copies its bias.
+autocast casts and reorders every weight anew for each batch, and what goes from layer to layer to and from float32;
+in float32 a product first copies its bias.
 
 Shapes: B texts, h heads, T tokens, d width of a head.
 """
@@ -22,6 +23,7 @@ from item_tower.encoder import ItemEncoder
 
 _NAME = "hllm_short"
 _SHORT = 128  # tokens up to which the products are faster
+_REGISTER = 16  # float32 numbers of AVX-512
 
 
 def _short_attention(
@@ -44,15 +46,23 @@ def _short_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
+    scaled = torch.mul(query, scaling, out=query.new_empty(query.shape))  # contiguous in one pass
+    scores = torch.matmul(scaled, key.contiguous().transpose(-1, -2))
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill_(~attention_mask, float("-inf"))
         else:
             scores = scores + attention_mask
-    with torch.autocast(query.device.type, enabled=False):  # it would compute the softmax in float32
-        weights = torch.softmax(scores, dim=-1)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
+    weights = _softmax(scores).to(value.dtype)
+    return torch.matmul(weights, value.contiguous()).transpose(1, 2).contiguous(), None
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in float32: [..., T]. PyTorch's takes rows of less than a vector register number by
+    number, and those of bfloat16 too unless they are whole registers: three to five times as long."""
+    length = scores.shape[-1]
+    padded = F.pad(scores.float(), (0, max(0, _REGISTER - length)), value=float("-inf"))
+    return torch.softmax(padded, dim=-1)[..., :length]
 
 
 class PackedLinear(nn.Module):
@@ -103,14 +113,18 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def halve(encoder: ItemEncoder) -> None:
-    """Keep the model's weights, and what goes from layer to layer, in the compute dtype: under autocast a GPU reads
-    and writes the latter in float32, between products that take hardly longer."""
+    """Keep the model's weights, and what goes from layer to layer, in the compute dtype: autocast reads and writes
+    the latter in float32, between products that take hardly longer.
+
+    Buffers stay as they are: a rotary frequency in bfloat16 is another position from some hundred tokens on.
+    """
     encoder.packed  # noqa: B018  its trial compares in float32
-    encoder.model.to(getattr(torch, encoder.config.compute_dtype))
+    for weight in encoder.model.parameters():
+        weight.data = weight.data.to(getattr(torch, encoder.config.compute_dtype))
 
 
 def speed_up(encoder: ItemEncoder) -> None:
-    """Change an encoder in place, for inference alone: half weights on a GPU, packed where ``can_pack`` says so."""
+    """Change an encoder in place, for inference alone: half weights, on a CPU packed where ``can_pack`` says so."""
     dtype = getattr(torch, encoder.config.compute_dtype)
     if encoder.device.type == "cuda":
         halve(encoder)
@@ -121,3 +135,4 @@ def speed_up(encoder: ItemEncoder) -> None:
         AttentionMaskInterface.register(_NAME, sdpa_mask)
         encoder.model.set_attn_implementation(_NAME)
     _pack(encoder.model, dtype)
+    halve(encoder)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from jobs.memory import keep_pages
 from pipeline.files import disk_broken, disk_full
 from schemas.errors import ConfigError, PipelineError
 from schemas.secrets import keep_secrets, redact
@@ -214,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     keep_secrets()
     _stay_local()
+    keep_pages()
     with _OneLine() as outcome:
         result = _job(arguments)()
         print(redact(json.dumps(result)), flush=True)

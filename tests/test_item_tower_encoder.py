@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from item_tower.batching import token_budget_batches
-from item_tower.cpu import PackedLinear, speed_up
+from item_tower.cpu import PackedLinear, _short_attention, speed_up
 from item_tower.embed import EmbedConfig, as_table, embed_texts, encode_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
@@ -211,6 +213,23 @@ def test_the_fast_path_on_a_cpu_computes_the_same(make_encoder, kind):
     packed = [module for module in plain.modules() if isinstance(module, PackedLinear)]
     assert any(module.after[0] == "gelu" for module in packed) == (kind == "bert")
     np.testing.assert_allclose(vectors(plain, texts), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 64, 128])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_short_attention_is_attention(length, mask):
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = torch.randn(3, 4, length, 2, 8, generator=generator).transpose(2, 3)
+    real = torch.arange(length) < torch.tensor([length, max(1, length - 3), 1, length])[:, None]
+    given = {"bool": real[:, None, None], "additive": torch.where(real, 0.0, -1e9)[:, None, None], None: None}[mask]
+    given = None if given is None else given.expand(4, 1, length, length)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=given).transpose(1, 2)
+    found, _ = _short_attention(nn.Module(), query, key, value, given)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected)
+    half, _ = _short_attention(nn.Module(), *(x.bfloat16() for x in (query, key, value)), given)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.03, rtol=0)
 
 
 CODE = """

@@ -151,6 +151,17 @@ def test_halved_weights_give_nearly_the_vectors_of_autocast(make_encoder):
     assert cosine.min() > 0.999
 
 
+@pytest.mark.parametrize("way", [halve, speed_up])
+def test_frequencies_of_positions_are_not_halved(make_encoder, way):
+    encoder = make_encoder("llama", compute_dtype="bfloat16")
+    before = {name: buffer.clone() for name, buffer in encoder.model.named_buffers()}
+    way(encoder)
+    assert {weight.dtype for weight in encoder.model.parameters()} == {torch.bfloat16}
+    assert "rotary_emb.inv_freq" in before
+    for name, buffer in encoder.model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
 def test_a_model_that_carries_a_state_along_is_not_packed(make_encoder):
     mamba = MambaModel(MambaConfig(vocab_size=10, hidden_size=16, num_hidden_layers=1, state_size=4))
     assert not allow_packing(mamba)
