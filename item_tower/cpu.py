@@ -124,7 +124,8 @@ def halve(encoder: ItemEncoder) -> None:
 
 
 def speed_up(encoder: ItemEncoder) -> None:
-    """Change an encoder in place, for inference alone: half weights, on a CPU packed where ``can_pack`` says so."""
+    """Change an encoder in place, for inference alone: half weights on a GPU; on a CPU packed and half ones, where
+    ``can_pack`` says so."""
     dtype = getattr(torch, encoder.config.compute_dtype)
     if encoder.device.type == "cuda":
         halve(encoder)
