@@ -119,8 +119,9 @@ def halve(encoder: ItemEncoder) -> None:
     Buffers stay as they are: a rotary frequency in bfloat16 is another position from some hundred tokens on.
     """
     encoder.packed  # noqa: B018  its trial compares in float32
+    dtype = getattr(torch, encoder.config.compute_dtype)
     for weight in encoder.model.parameters():
-        weight.data = weight.data.to(getattr(torch, encoder.config.compute_dtype))
+        weight.data = weight.data.to(dtype)
 
 
 def speed_up(encoder: ItemEncoder) -> None:

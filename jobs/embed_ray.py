@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from jobs.embed_ledger import Ledger
+from jobs.memory import keep_pages
 from schemas.errors import PipelineError
 
 _POLL_SECONDS = 1.0
@@ -31,6 +32,7 @@ class Worker:
     """The actor: makes what ``packed`` describes, in the process where it runs and in the thread that calls it."""
 
     def __init__(self, work: bytes, **more: Any) -> None:
+        keep_pages()
         self._work, self._more = work, more
 
     @cached_property

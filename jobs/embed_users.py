@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from jobs.config import Config
 from jobs.context import Context, ServingTower, inputs_hash
-from jobs.memory import keep_pages
 from jobs.ray_process import RayDriver, packed
 from jobs.train_user import catalog_rows
 from pipeline.baselines import TowerRecommender
@@ -39,7 +38,6 @@ class UserWorker:
     ) -> None:
         """config: with the store's full path; threads: of PyTorch, None leaves them as they are."""
         if threads is not None:
-            keep_pages()
             torch.set_num_threads(threads)
         self.context = Context(config, dataset)
         self.serving = self.context.serving_tower(snapshot, tower)

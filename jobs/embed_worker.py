@@ -17,7 +17,6 @@ from item_tower.embed import EmbedConfig, as_table, embed_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
 from item_tower.fingerprint import fingerprint
 from item_tower.prompt import TemplateConfig
-from jobs.memory import keep_pages
 from pipeline.catalog import read_texts
 from pipeline.embeddings import stamped
 from pipeline.store import open_store
@@ -78,7 +77,6 @@ class EmbedAndWrite:
         only that the actor died.
         """
         order = self.order
-        keep_pages()
         torch.set_num_threads(order.threads)
         if order.tower is None:
             encoder = ItemEncoder.from_config(order.encoder, order.template)

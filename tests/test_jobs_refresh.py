@@ -31,6 +31,7 @@ NIGHT = (
     "--set", "evaluate.trained_targets=leave-out", "--set", "refresh.gates.max_metric_loss=0.2",
     "--set", "refresh.gates.max_slice_loss=1.0",
 )  # fmt: skip
+ALWAYS = ("--set", "refresh.train=always")
 
 
 def tracking(workspace) -> str:
@@ -280,11 +281,11 @@ def start_night(workspace, *sets: str, before: str = "") -> subprocess.Popen:
 def kill_nights(workspace, kills: int) -> None:
     """SIGKILL at random moments. The champion must open and answer after each; a finished night brings a new day."""
     # thirty days in one night are more than these gates let pass; they are tested elsewhere
-    gates = ("refresh.gates.max_metric_loss=1.0", "refresh.gates.max_catalog_change=9.0")
-    always = ("--set", "refresh.train=always", "--set", gates[0], "--set", gates[1])
+    always = (
+        *ALWAYS, "--set", "refresh.gates.max_metric_loss=1.0", "--set", "refresh.gates.max_catalog_change=9.0"
+    )  # fmt: skip
     workspace.run("refresh", *NIGHT, *always)
-    copy = workspace.folder / "copy"
-    subprocess.run(["cp", "-r", str(workspace.store), str(copy)], check=True)
+    copy = copied(workspace)
     day, rng = 1, np.random.default_rng(0)
     add_day(workspace, day)
     known = champion(workspace).record.id
@@ -298,11 +299,24 @@ def kill_nights(workspace, kills: int) -> None:
         if found.record.id != known:
             known, day = found.record.id, day + 1
             add_day(workspace, day)
-    resumed = workspace.run("refresh", *NIGHT, *always)
-    assert resumed["promoted"], resumed["held_by"]
-    whole = workspace.run("refresh", *NIGHT, *always, "--set", f"store={copy}")
-    assert resumed["release"] == whole["release"]
+    finish_as_in(workspace, copy, always)
     require_swept(workspace)
+
+
+def copied(workspace) -> Path:
+    """The store as it is now, for a run that nobody kills."""
+    copy = workspace.folder / "copy"
+    subprocess.run(["cp", "-r", str(workspace.store), str(copy)], check=True)
+    return copy
+
+
+def finish_as_in(workspace, copy: Path, sets: tuple[str, ...]) -> str:
+    """The next night of the store promotes, and ends in the release of one night of the copy; returns it."""
+    resumed = workspace.run("refresh", *NIGHT, *sets)
+    assert resumed["promoted"], resumed["held_by"]
+    whole = workspace.run("refresh", *NIGHT, *sets, "--set", f"store={copy}")
+    assert resumed["release"] == whole["release"]
+    return resumed["release"]
 
 
 def require_swept(workspace) -> None:
@@ -312,10 +326,8 @@ def require_swept(workspace) -> None:
 
 
 def test_what_a_night_killed_at_its_publication_left_is_not_read_and_goes_later(workspace, embed_here):
-    always = ("--set", "refresh.train=always")
-    first = workspace.run("refresh", *NIGHT, *always)
-    copy = workspace.folder / "copy"
-    subprocess.run(["cp", "-r", str(workspace.store), str(copy)], check=True)
+    first = workspace.run("refresh", *NIGHT, *ALWAYS)
+    copy = copied(workspace)
     add_day(workspace, 1)
     at_the_rename = (
         "import os, signal\nfrom pathlib import Path\nrename = Path.rename\n"
@@ -324,18 +336,16 @@ def test_what_a_night_killed_at_its_publication_left_is_not_read_and_goes_later(
         "    return rename(path, target)\n"
         "Path.rename = kill"
     )
-    process = start_night(workspace, *always, before=at_the_rename)
+    process = start_night(workspace, *ALWAYS, before=at_the_rename)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     left = {path.name for path in workspace.store.glob("snapshots/.*")}
     assert len(left) == 2  # the announced rows, and the snapshot without its name
     assert champion(workspace).record.id == first["release"]
-    resumed = workspace.run("refresh", *NIGHT, *always)
-    assert resumed["promoted"]
+    resumed = finish_as_in(workspace, copy, ALWAYS)
     assert left <= {path.name for path in workspace.store.glob("snapshots/.*")}
-    assert resumed["release"] == workspace.run("refresh", *NIGHT, *always, "--set", f"store={copy}")["release"]
     require_swept(workspace)
-    assert workspace.run("refresh", *NIGHT)["release"] == resumed["release"]
+    assert workspace.run("refresh", *NIGHT)["release"] == resumed
 
 
 def test_a_killed_night_ends_in_the_release_of_one_that_was_not(workspace, embed_here):
