@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from item_tower.prompt import TemplateConfig
 from jobs.config import load_config, local_store
+from jobs.memory import keep_pages
 from pipeline.cache import create_snapshot, open_snapshot, plan_embedding, snapshot_items
 from pipeline.catalog import SLICE_ROWS, CatalogScan, scan_catalog
 from pipeline.embeddings import encode_keys, stamped
@@ -112,6 +113,7 @@ def _open(root: Path) -> dict[str, Any]:
 
 
 def _measured(work: Callable[[Path], dict[str, Any] | None], root: Path, answers: Any) -> None:
+    keep_pages()  # as every command does
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # the interpreter with its libraries
     found = work(root) or {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -21,10 +21,10 @@ _PLAIN = (pl.String, pl.Boolean, pl.Float32, pl.Float64)
 _WHOLE = r"^[+-]?\d+$"
 
 
-def as_id(column: pl.Series, path: Path) -> pl.Series:
+def as_id(column: pl.Series, path: Path, tidy: bool = False) -> pl.Series:
     """Ids as text without outer spaces; null where there is none. A float that is whole counts as that number.
 
-    Raises DataError for a column that cannot hold ids.
+    tidy: there are none to take off (``Part.tidy``). Raises DataError for a column that cannot hold ids.
     """
     dtype = column.dtype
     if dtype.is_float():
@@ -33,7 +33,7 @@ def as_id(column: pl.Series, path: Path) -> pl.Series:
     elif not (dtype.is_integer() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise DataError(f"{path}: column {column.name!r} is {dtype}, expected text or whole numbers")
     text = column.cast(pl.String)
-    return text.str.strip_chars() if column.dtype == pl.String else text
+    return text if tidy or column.dtype != pl.String else text.str.strip_chars()
 
 
 def _text_times(text: pl.Series) -> pl.Series:
@@ -60,9 +60,12 @@ def _parsed(text: pl.Series, form: str) -> pl.Series:
 
 def _scaled(number: pl.Series) -> pl.Series:
     """Seconds or milliseconds, told apart value by value, as int64 milliseconds."""
-    frame = number.alias("n").to_frame()
-    small = pl.col("n").abs() < SECONDS_BELOW
-    scaled = frame.select(pl.when(small).then(pl.col("n") * 1000).otherwise(pl.col("n"))).to_series()
+    low, high = number.min(), number.max()
+    if not number.dtype.is_float() and low is not None and -SECONDS_BELOW < low <= high < SECONDS_BELOW:  # type: ignore[operator]
+        return number * 1000
+    given = pl.col(number.name)
+    small = given.abs() < SECONDS_BELOW
+    scaled = number.to_frame().select(pl.when(small).then(given * 1000).otherwise(given)).to_series()
     return scaled.round().cast(pl.Int64, strict=False) if number.dtype.is_float() else scaled
 
 

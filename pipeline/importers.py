@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
 from typing import Literal, get_args
 
 import polars as pl
 
-from pipeline.readers import ROW, Delimited, Part, read_delimited, read_jsonl, read_parquet
+from pipeline.delimited import Delimited, read_delimited
+from pipeline.readers import ROW, Part, read_jsonl, read_parquet
 from schemas import tables
 from schemas.errors import DataError
 from schemas.hashing import file_digest
@@ -43,7 +44,7 @@ def _recbole(kind: Kind, ending: str) -> Layout:
 
     def strip_types(part: Part) -> Part:
         names = {name: name.split(":")[0] for name in part.table.columns}
-        return Part(part.table.rename(names), part.rejected, part.skipped)
+        return replace(part, table=part.table.rename(names))
 
     return Layout(Delimited("\t", quoted=False), expand=strip_types)
 
@@ -224,7 +225,7 @@ def read_file(path: Path, kind: Kind, form: Format, columns: dict[str, str], enc
         if missing and not json:
             found = [name for name in ours.table.columns if name != ROW]
             raise DataError(f"{path}: columns {missing} are missing; found {found}")
-        yield Part(_renamed(ours.table, merged, layout.only), ours.rejected, ours.skipped)
+        yield replace(ours, table=_renamed(ours.table, merged, layout.only))
 
 
 def bare_scan(path: Path, out: Path, order: list[str]) -> None:

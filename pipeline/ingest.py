@@ -7,6 +7,7 @@ the rejected rows lie in a temporary folder (TMPDIR) and are mapped into memory.
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.importers import Delivery, Kind, delivery, read_file
 from pipeline.intake import QUARANTINE, DataConfig, Intake, column_of, id_reason, require
 from pipeline.items import carry, clean_items
+from pipeline.readers import Part, ahead
 from schemas import tables
 from schemas.errors import DataError
 
@@ -65,10 +67,11 @@ def _check_swapped(events: pl.DataFrame, path: Path) -> None:
             )
 
 
-def _clean_events(raw: pl.DataFrame, path: Path, intake: Intake) -> pl.DataFrame:
+def _clean_events(part: Part, path: Path, intake: Intake) -> pl.DataFrame:
     """The rows of a part that can be interactions. Raises DataError for a column of a wrong type."""
+    raw = part.table
     require(raw, [tables.USER_ID, tables.ITEM_ID, tables.TIMESTAMP], path)
-    ids = [as_id(column_of(raw, name), path) for name in (tables.USER_ID, tables.ITEM_ID)]
+    ids = [as_id(column_of(raw, name), path, part.tidy) for name in (tables.USER_ID, tables.ITEM_ID)]
     times = as_milliseconds(column_of(raw, tables.TIMESTAMP), path)
     sequence, no_sequence = _number(raw, tables.SEQUENCE, pl.Int64(), path)
     label, no_label = _number(raw, tables.LABEL, pl.Float64(), path)
@@ -103,9 +106,10 @@ def _read_events(config: DataConfig, given: Delivery, intake: Intake) -> Events:
     builder, filters = EventBuilder(), event_filter(config.filters)
     for path in given.files:
         first = True
-        for part in read_file(path, "interactions", config.format, config.interaction_columns, config.encoding):
+        parts = read_file(path, "interactions", config.format, config.interaction_columns, config.encoding)
+        for part in ahead(parts):
             intake.take(path, part)
-            clean = _clean_events(part.table, path, intake)
+            clean = _clean_events(part, path, intake)
             if first:
                 _check_swapped(clean, path)
                 first = False
@@ -123,6 +127,8 @@ def _check_unknown(events: Events, known: pl.Series, config: DataConfig) -> pl.S
     """Which events name a known item. Raises DataError when that is none, or by policy when it is not all."""
     names = pl.Series(events.names[tables.ITEM_ID], dtype=pl.String)
     is_known = names.is_in(known.implode())
+    if is_known.all():
+        return pl.Series([True]).new_from_index(0, len(events))
     mask = events.rows.select(pl.lit(is_known).gather(pl.col(tables.ITEM_ID))).to_series()
     unknown = len(events) - int(mask.sum())
     if not unknown:
@@ -180,11 +186,12 @@ def ingest(config: DataConfig, previous: Path | None = None, forgotten: Forgotte
     without = forgotten or ForgottenUsers(())
     with tempfile.TemporaryDirectory(prefix="hllm-ingest-") as folder:
         intakes = {kind: Intake(kind, config, Path(folder), without) for kind in ("items", "interactions")}
-        deliveries: dict[Kind, Delivery] = {
-            "items": delivery(config.items, "items"),
-            "interactions": delivery(config.interactions, "interactions"),
-        }
-        items, feed = clean_items(config, deliveries["items"], intakes["items"])
+        deliveries: dict[Kind, Delivery] = {}
+        deliveries["items"] = delivery(config.items, "items")
+        with ThreadPoolExecutor(1) as pool:  # hashing lets other threads run
+            coming = pool.submit(delivery, config.interactions, "interactions")
+            items, feed = clean_items(config, deliveries["items"], intakes["items"])
+            deliveries["interactions"] = coming.result()
         known, gone = items[tables.ITEM_ID], pl.Series([], dtype=pl.String)
         if previous is not None:
             before = pl.scan_parquet(previous).select(tables.ITEM_ID).collect().to_series()

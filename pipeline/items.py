@@ -10,7 +10,7 @@ from pipeline.columns import as_flag, as_id, as_milliseconds, as_text
 from pipeline.filters import apply, item_filter
 from pipeline.importers import Delivery, read_file
 from pipeline.intake import DataConfig, Intake, column_of, id_reason, require
-from pipeline.readers import ROW
+from pipeline.readers import ROW, ahead
 from schemas import tables
 from schemas.errors import DataError
 
@@ -43,7 +43,7 @@ def _clean_items(raw: pl.DataFrame, path: Path, intake: Intake) -> pl.DataFrame:
 def _read_items(config: DataConfig, given: Delivery, intake: Intake) -> pl.DataFrame:
     """All usable rows of the catalog's files, mapped; with the number of file and row."""
     for number, path in enumerate(given.files):
-        for part in read_file(path, "items", config.format, config.item_columns, config.encoding):
+        for part in ahead(read_file(path, "items", config.format, config.item_columns, config.encoding)):
             intake.take(path, part)
             clean = _clean_items(part.table, path, intake)
             intake.save(clean.with_columns(pl.lit(number, pl.Int32).alias(_FILE)), "clean")

@@ -43,7 +43,11 @@ def describe_events(events: Events) -> dict[str, Any]:
     users, times = rows[tables.USER_ID].to_numpy(), rows[tables.TIMESTAMP].to_numpy()
     same_user = users[1:] == users[:-1]
     ties = int((same_user & (times[1:] == times[:-1])).sum())
-    pairs = (users.astype(np.int64) << 32) | rows[tables.ITEM_ID].to_numpy()
+    pairs = users.astype(np.int64)
+    pairs <<= 32
+    pairs |= rows[tables.ITEM_ID].to_numpy()
+    pairs.sort()
+    repeats = int((pairs[1:] == pairs[:-1]).sum())
     by_user, by_item = events.counts(tables.USER_ID), events.counts(tables.ITEM_ID)
     most = np.argsort(-by_item, kind="stable")[:_TOP]
     return {
@@ -53,7 +57,7 @@ def describe_events(events: Events) -> dict[str, Any]:
         "first_day": _day(int(times.min())),
         "last_day": _day(int(times.max())),
         "tie_share": _share(ties, int(same_user.sum())),
-        "repeat_share": _share(len(pairs) - pl.Series(pairs).n_unique(), len(pairs)),
+        "repeat_share": _share(repeats, len(pairs)),
         "events_per_user": _spread(by_user),
         "events_per_item": _spread(by_item),
         "top_items": {events.names[tables.ITEM_ID][int(place)].as_py(): int(by_item[place]) for place in most},

@@ -31,6 +31,7 @@ KEEPERS = {
         "pipeline/cleanup.py",
         "pipeline/columns.py",
         "pipeline/dataset.py",
+        "pipeline/delimited.py",
         "pipeline/events.py",
         "pipeline/filters.py",
         "pipeline/gates.py",

@@ -71,13 +71,16 @@ def test_bad_rows_are_quarantined_with_file_row_reason_and_raw(prepare):
 
 def test_copies_are_filtered_and_contradictions_quarantined(prepare):
     items = {
-        "item_id": ["a", "b", "c", "a", "a"],
-        "title": ["A", "B", "C", "A2", "A"],
-        "updated_at": [1, 1, 1, 2, 1],
+        "item_id": ["a", "b", "c", "a", "a", "b", "c"],
+        "title": ["Z", "B", "C", "A", "Z", "B", "D"],
+        "updated_at": [1, 1, 1, 2, 1, 1, 1],
     }
-    clean = prepare(items, EVENTS, reject_share=1.0)
-    assert clean.items["title"].to_list() == ["A2", "B", "C"]  # the one updated last
-    assert clean.filtered["item copies"] + clean.quarantine.height == 2
+    for kind in ("csv", "parquet"):
+        clean = prepare(items, EVENTS, reject_share=1.0, kind=kind)
+        assert clean.items["title"].to_list() == ["A", "B", "D"]  # the one updated last
+        assert clean.items["updated_at"].to_list() == [2_000, 1_000, 1_000]
+        assert (clean.filtered["older item rows"], clean.filtered["item copies"]) == (2, 1)
+        assert clean.quarantine["reason"].to_list() == ["item_id again with other values"]  # C, at the time of D
     doubled = {name: values * 2 for name, values in EVENTS.items()}
     clean = prepare(events=doubled)
     assert (clean.interactions.height, clean.filtered["interaction copies"]) == (3, 3)

@@ -1,0 +1,82 @@
+"""Events as codes: texts told apart by hashes, and their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import events as module
+from pipeline.events import EventBuilder, Events, order_events
+from schemas import tables
+from schemas.hashing import tie_hashes
+
+
+@given(texts=st.lists(st.integers(0, 30), min_size=1, max_size=60), alike=st.integers(1, 31))
+def test_texts_whose_first_hashes_agree_have_codes_of_their_own(texts, alike):
+    other = np.array(texts, dtype=np.uint64)
+    codes, first = module._distinct((other % alike) << np.uint64(40), other)
+    assert sorted(other[first].tolist()) == sorted(set(texts))
+    assert other[first][codes].tolist() == texts
+    assert all(texts.index(texts[place]) == place for place in first)
+
+
+def build(rows: list[tuple], parts: int = 1) -> Events:
+    """Events from (user, item, time, sequence) in so many parts, each its own segment."""
+    builder = EventBuilder()
+    for part in np.array_split(np.arange(len(rows)), parts):
+        chosen = [rows[place] for place in part]
+        columns = dict(zip(["user_id", "item_id", "timestamp", "sequence"], zip(*chosen, strict=True), strict=True))
+        table = pl.DataFrame(columns).with_columns(event=pl.lit(None), label=pl.lit(None))
+        given = table["sequence"].null_count() < table.height
+        builder.add(table if given else table.with_columns(sequence=pl.lit(None)))
+        builder._flush()
+    return builder.build()
+
+
+def plain(events: Events) -> list[tuple]:
+    return [row[:4] for part in events.slices() for row in pl.DataFrame(part).rows()]
+
+
+IDS = st.sampled_from(["b", "a", "ab", "é", "\U0001f600", "a longer name than the twelve of a view"])
+FAR = 1 << 61  # leaves no room for a place beside it
+
+
+@given(
+    rows=st.lists(st.tuples(IDS, IDS, st.sampled_from([1, 2, 3, 1000, FAR])), min_size=1, max_size=40),
+    sequence=st.booleans(),
+    in_order=st.booleans(),
+)
+def test_events_are_ordered_by_user_then_time_then_what_knows_nothing(rows, sequence, in_order):
+    rows = sorted(rows, key=lambda row: row[2]) if in_order else rows
+    rows = [(*row, place % 3 if sequence else None) for place, row in enumerate(rows)]
+    ordered, copies = order_events(build(rows, parts=min(3, len(rows))))
+
+    def key(row):
+        user, item, time, place = row
+        return user.encode(), time, place or 0, tie_hashes([user], [item])[0]
+
+    assert plain(ordered) == sorted(set(rows), key=key)
+    assert copies == len(rows) - len(set(rows))
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_slices_spell_the_ids(dictionary):
+    ordered, _ = order_events(build([("u2", "i1", 5, None), ("u1", "i2", 7, None), ("u1", "i1", 6, None)]))
+    (part,) = ordered.slices(dictionary)
+    assert part.cast(tables.INTERACTIONS).equals(
+        pl.DataFrame(
+            {
+                "user_id": ["u1", "u1", "u2"],
+                "item_id": ["i1", "i2", "i1"],
+                "timestamp": [6, 7, 5],
+                "sequence": [None] * 3,
+                "event": [None] * 3,
+                "label": [None] * 3,
+            }
+        )
+        .to_arrow()
+        .cast(tables.INTERACTIONS)
+    )
