@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from item_tower.batching import packed_batches, token_budget_batches
 from item_tower.decoders.packed import Packing, pack, takes_packed
+from item_tower.decoders.precision import fast_bfloat16
 from item_tower.prompt import TemplateConfig
 from schemas.errors import ConfigError, StoreError
 
@@ -44,7 +45,8 @@ class EncoderConfig(BaseModel):
     projection_dim: int | None = Field(default=None, gt=0)
     """Width of a learned linear head; without it the vector is the model's hidden state."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """``auto`` is bfloat16 where the device multiplies it fast, else float32."""
+    """``auto`` is bfloat16 where the device multiplies it clearly faster than float32. It decides the vectors: set it
+    for an untuned model whose machines differ in that; a tuned one keeps what its training had."""
     trust_remote_code: bool = False
     """Run Python files that come with the model or its tokenizer. Only for a source that you trust."""
 
@@ -64,13 +66,6 @@ class TokenisedTexts(NamedTuple):
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are fast on the device (AVX512-BF16, AMX or a recent GPU)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _fast_backward(device: torch.device) -> AbstractContextManager[None]:

@@ -174,7 +174,7 @@ class Context:
         if record is None:
             encoder = ItemEncoder.from_config(self.config.encoder, self.config.template)
             return TowerInForce(
-                fingerprint(encoder, output_dtype), self.config.encoder, encoder.template, encoder.dim, None
+                fingerprint(encoder, output_dtype), encoder.config, encoder.template, encoder.dim, None
             )
         folder = self.store.folder(record)
         settings, template = read_settings(folder)

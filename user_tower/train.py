@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from item_tower.decoders.packed import Packing
+from item_tower.decoders.precision import fast_bfloat16
 from schemas.errors import ConfigError, TrainingError
 from user_tower.lora import LoraSettings
 from user_tower.negatives import Sampling
@@ -134,9 +135,8 @@ class FitResult:
 def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
     if precision != "auto":
         return "bf16" if precision == "bfloat16" else "no"
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if fast_bfloat16(device) else "no"
 
 
 def _accelerator(precision: str) -> Accelerator:
