@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from item_tower.batching import packed_batches, token_budget_batches
 from item_tower.decoders.packed import Packing, pack, takes_packed
-from item_tower.decoders.precision import fast_bfloat16
+from item_tower.decoders.precision import default_device, fast_bfloat16
 from item_tower.prompt import TemplateConfig
 from schemas.errors import ConfigError, StoreError
 
@@ -61,11 +61,6 @@ class TokenisedTexts(NamedTuple):
     def lengths(self) -> NDArray[np.int64]:
         """[N] tokens per text."""
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
-
-
-def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _fast_backward(device: torch.device) -> AbstractContextManager[None]:

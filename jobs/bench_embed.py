@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from item_tower.cpu import PackedLinear, can_pack, speed_up
 from item_tower.decoders.flops import card_name, model_flops
+from item_tower.decoders.precision import default_device
 from item_tower.embed import EmbedConfig, embed_texts
-from item_tower.encoder import ItemEncoder, default_device, resolve_model
+from item_tower.encoder import ItemEncoder, resolve_model
 from item_tower.prompt import render
 from jobs.bench_clock import fastest
 from jobs.bench_nights import run_nights

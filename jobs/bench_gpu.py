@@ -24,8 +24,9 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from item_tower.cpu import speed_up
 from item_tower.decoders.flops import card_name, model_flops
 from item_tower.decoders.layers import compile_layers
+from item_tower.decoders.precision import default_device
 from item_tower.embed import EmbedConfig, embed_texts
-from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
+from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
 from jobs.bench_clock import fastest
 from pipeline.joint import JointConfig, JointStep, distinct_texts

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from item_tower.encoder import default_device
+from item_tower.decoders.precision import default_device
 from jobs.bench_clock import fastest
 from jobs.config import Config, load_config
 from user_tower.candidates import Examples

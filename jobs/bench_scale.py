@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from item_tower.cpu import speed_up
-from item_tower.encoder import ItemEncoder, default_device
+from item_tower.decoders.precision import default_device
+from item_tower.encoder import ItemEncoder
 from item_tower.prompt import TemplateConfig
 from jobs.bench_cache import fill, write_catalog
 from jobs.config import Config, load_config

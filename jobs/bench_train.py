@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from item_tower.decoders.precision import fast_bfloat16
-from item_tower.encoder import default_device, tokenise_texts
+from item_tower.decoders.precision import default_device, fast_bfloat16
+from item_tower.encoder import tokenise_texts
 from jobs import prepare_data
 from jobs.bench_peers import PEERS, peer_python
 from jobs.bench_stage1 import memory_rows, stage1_rows

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from item_tower.encoder import EncoderConfig, ItemEncoder, default_device, read_settings
+from item_tower.decoders.precision import default_device
+from item_tower.encoder import EncoderConfig, ItemEncoder, read_settings
 from item_tower.fingerprint import fingerprint
 from item_tower.prompt import TemplateConfig
 from jobs.config import Config

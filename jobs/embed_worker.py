@@ -13,8 +13,9 @@ import torch
 
 from item_tower.cpu import speed_up
 from item_tower.decoders.layers import compile_layers
+from item_tower.decoders.precision import default_device
 from item_tower.embed import EmbedConfig, as_table, embed_texts
-from item_tower.encoder import EncoderConfig, ItemEncoder, default_device
+from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.fingerprint import fingerprint
 from item_tower.prompt import TemplateConfig
 from pipeline.catalog import read_texts

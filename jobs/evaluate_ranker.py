@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from item_tower.encoder import default_device
+from item_tower.decoders.precision import default_device
 from jobs.context import Context, inputs_hash
 from jobs.evaluate import protocol, require_same_split, trained_targets
 from jobs.train_ranker import open_clicks

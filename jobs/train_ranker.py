@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from item_tower.encoder import default_device
+from item_tower.decoders.precision import default_device
 from jobs.context import Context, checkpoint_folder, inputs_hash
 from jobs.train_user import Features, find_parent, make_tower, open_features, trained_facts, write_seen
 from pipeline.click_metrics import auc, log_losses

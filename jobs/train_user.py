@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from item_tower.encoder import default_device
+from item_tower.decoders.precision import default_device
 from jobs.context import Context, checkpoint_folder, inputs_hash
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import open_snapshot

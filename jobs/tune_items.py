@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from item_tower.cpu import speed_up
+from item_tower.decoders.precision import default_device
 from item_tower.embed import encode_texts
-from item_tower.encoder import ItemEncoder, default_device
+from item_tower.encoder import ItemEncoder
 from item_tower.fingerprint import fingerprint
 from item_tower.prompt import TemplateConfig, apply_empty_policy, content_keys, render
 from jobs.context import Context, checkpoint_folder, inputs_hash

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv as pc
 from numpy.typing import NDArray
 
-from pipeline.readers import ROW, Part, Rejected, as_text, check_encoding, named, open_bytes
+from pipeline.readers import ROW, Part, Rejected, as_text, check_encoding, is_text, named, open_bytes
 from schemas.errors import DataError
 
 BLOCK = 16 << 20  # bytes that pyarrow parses at once; a row must fit into two of them
@@ -93,7 +93,7 @@ def _blocks(path: Path, file: Any, data: bytes, shape: Delimited, names: list[st
             yield from _later(block + left, file, shape, names, not _is_utf8(path), start)
             return
         elif block.strip(b"\r\n"):
-            for each in _later(block, io.BytesIO(), shape, names, not _is_text(block), start):
+            for each in _later(block, io.BytesIO(), shape, names, not is_text(block), start):
                 start += each.table.height + len(each.rejected)
                 yield each
         data = file.read(_READ)
@@ -244,14 +244,6 @@ def _numbers(start: int, count: int, bad: list[int]) -> NDArray[np.int64]:
     inside = np.array([number for number in bad if number >= start], dtype=np.int64)
     numbers = np.arange(start, start + count + len(inside), dtype=np.int64)
     return np.setdiff1d(numbers, inside)[:count] if len(inside) else numbers
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _is_utf8(path: Path) -> bool:

@@ -7,7 +7,6 @@ the rejected rows lie in a temporary folder (TMPDIR) and are mapped into memory.
 from __future__ import annotations
 
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,8 +126,6 @@ def _check_unknown(events: Events, known: pl.Series, config: DataConfig) -> pl.S
     """Which events name a known item. Raises DataError when that is none, or by policy when it is not all."""
     names = pl.Series(events.names[tables.ITEM_ID], dtype=pl.String)
     is_known = names.is_in(known.implode())
-    if is_known.all():
-        return pl.Series([True]).new_from_index(0, len(events))
     mask = events.rows.select(pl.lit(is_known).gather(pl.col(tables.ITEM_ID))).to_series()
     unknown = len(events) - int(mask.sum())
     if not unknown:
@@ -186,12 +183,11 @@ def ingest(config: DataConfig, previous: Path | None = None, forgotten: Forgotte
     without = forgotten or ForgottenUsers(())
     with tempfile.TemporaryDirectory(prefix="hllm-ingest-") as folder:
         intakes = {kind: Intake(kind, config, Path(folder), without) for kind in ("items", "interactions")}
-        deliveries: dict[Kind, Delivery] = {}
-        deliveries["items"] = delivery(config.items, "items")
-        with ThreadPoolExecutor(1) as pool:  # hashing lets other threads run
-            coming = pool.submit(delivery, config.interactions, "interactions")
-            items, feed = clean_items(config, deliveries["items"], intakes["items"])
-            deliveries["interactions"] = coming.result()
+        deliveries: dict[Kind, Delivery] = {
+            "items": delivery(config.items, "items"),
+            "interactions": delivery(config.interactions, "interactions"),
+        }
+        items, feed = clean_items(config, deliveries["items"], intakes["items"])
         known, gone = items[tables.ITEM_ID], pl.Series([], dtype=pl.String)
         if previous is not None:
             before = pl.scan_parquet(previous).select(tables.ITEM_ID).collect().to_series()

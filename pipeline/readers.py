@@ -25,7 +25,7 @@ from schemas.errors import DataError
 
 T = TypeVar("T")
 ROW = "__row"
-BLOCK = 16 << 20  # bytes of text parsed at once; a row must fit into two of them
+BLOCK = 16 << 20  # bytes of JSON lines handed on at once
 PARQUET_ROWS = 131_072
 JSON_ROWS = 50_000
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -88,7 +88,8 @@ def check_encoding(path: Path, encoding: str) -> bool:
     return True
 
 
-def _is_text(cell: bytes | None) -> bool:
+def is_text(cell: bytes | None) -> bool:
+    """Whether bytes are UTF-8; None is nothing wrong."""
     try:
         return cell is None or isinstance(cell.decode(), str)
     except UnicodeDecodeError:
@@ -103,7 +104,7 @@ def as_text(table: pl.DataFrame) -> tuple[pl.DataFrame, list[Rejected]]:
     try:
         return table.with_columns(pl.col(names).cast(pl.String)), []
     except pl.exceptions.ComputeError:  # one cell or more is not text: look at each
-        fine = [all(map(_is_text, cells)) for cells in table.select(names).rows()]
+        fine = [all(map(is_text, cells)) for cells in table.select(names).rows()]
     mask = ~pl.Series(fine, dtype=pl.Boolean)
     text = table.filter(~mask).with_columns(pl.col(names).cast(pl.String))
     rejected = []

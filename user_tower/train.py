@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from item_tower.decoders.packed import Packing
-from item_tower.decoders.precision import fast_bfloat16
+from item_tower.decoders.precision import default_device, fast_bfloat16
 from schemas.errors import ConfigError, TrainingError
 from user_tower.lora import LoraSettings
 from user_tower.negatives import Sampling
@@ -135,8 +135,7 @@ class FitResult:
 def _mixed_precision(precision: str) -> Literal["bf16", "no"]:
     if precision != "auto":
         return "bf16" if precision == "bfloat16" else "no"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return "bf16" if fast_bfloat16(device) else "no"
+    return "bf16" if fast_bfloat16(default_device()) else "no"
 
 
 def _accelerator(precision: str) -> Accelerator:

@@ -1,4 +1,4 @@
-"""In which precision a device multiplies faster; what ``auto`` means for both towers."""
+"""Where both towers compute by default, and in which precision: what ``auto`` means."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ _ROUNDS = 10
 _WORTH = 1.2  # what rounds must be clearly faster
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @cache
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are clearly faster than float32 ones on the device.
@@ -21,10 +26,11 @@ def fast_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
-        return torch.cpu._is_amx_tile_supported()
-    exact, rounded = _seconds(device, torch.float32), _seconds(device, torch.bfloat16)
-    return exact > _WORTH * rounded
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return _seconds(device, torch.float32) > _WORTH * _seconds(device, torch.bfloat16)
 
 
 @torch.inference_mode()
