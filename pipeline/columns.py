@@ -17,6 +17,7 @@ DAY = 86_400_000  # milliseconds
 FLAGS = {"true": True, "1": True, "yes": True, "": True, "false": False, "0": False, "no": False}
 # tried in this order on times that are no numbers; without a zone they are UTC
 TIME_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%m/%d/%Y %I:%M:%S %p")
+Reason = tuple[pl.Expr, str]  # of rows that a condition holds for, why they are not taken
 _PLAIN = (pl.String, pl.Boolean, pl.Float32, pl.Float64)
 _WHOLE = r"^[+-]?\d+$"
 
@@ -85,15 +86,13 @@ def as_milliseconds(column: pl.Series, path: Path) -> pl.Series:
     return _scaled(column.cast(pl.Float64, strict=False))
 
 
-def time_reason(name: str) -> pl.Expr:
-    """Why a time in milliseconds cannot be one, else null."""
+def time_reasons(name: str) -> list[Reason]:
+    """Where a time in milliseconds cannot be one."""
     latest = time.time_ns() // 1_000_000 + DAY
-    return (
-        pl.when(pl.col(name).is_null() | (pl.col(name) <= 0))
-        .then(pl.lit("timestamp is not a positive number"))
-        .when(pl.col(name) > latest)
-        .then(pl.lit("timestamp is in the future"))
-    )
+    return [
+        (pl.col(name).is_null() | (pl.col(name) <= 0), "timestamp is not a positive number"),
+        (pl.col(name) > latest, "timestamp is in the future"),
+    ]
 
 
 def as_flag(column: pl.Series, path: Path) -> pl.Series:

@@ -86,14 +86,29 @@ def write_dataset(
 ) -> tuple[Dataset, bool]:
     """Publish the tables, or return the newest data set when it is the same; and whether it was there.
 
-    describe: makes the profile that is kept beside the record (``pipeline.profile``); asked only for new data.
+    describe: makes the profile that is kept beside the record (``pipeline.profile``), while the tables are hashed and
+    written.
     """
-    digest = data_digest(clean.items, clean.events)
-    existing = store.all(Dataset, name=name)
-    if existing and existing[-1].digest == digest:
-        return existing[-1], True
-    created_at = next_created_at(existing)
-    record = Dataset(
+    with ThreadPoolExecutor(1) as pool:
+        profile = pool.submit(describe)
+        digest = data_digest(clean.items, clean.events)
+        existing = store.all(Dataset, name=name)
+        if existing and existing[-1].digest == digest:
+            return existing[-1], True
+        record = _record(name, clean, digest, next_created_at(existing))
+        with store.new(Dataset, record.id) as folder:
+            catalog = pool.submit(_write_items, folder / "items.parquet", clean.items)
+            _write_events(folder / _EVENTS, clean.events)
+            rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")
+            pq.write_table(rejected, folder / "quarantine.parquet")
+            write_file(folder / PROFILE, json.dumps(profile.result(), indent=1).encode())
+            catalog.result()
+            write_record(folder, record)
+    return record, False
+
+
+def _record(name: str, clean: CleanTables, digest: str, created_at: int) -> Dataset:
+    return Dataset(
         id=record_id(created_at, digest),
         created_at=created_at,
         name=name,
@@ -107,15 +122,10 @@ def write_dataset(
         carried=clean.carried,
         watermark=int(clean.events.rows[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
     )
-    with store.new(Dataset, record.id) as folder, ThreadPoolExecutor(1) as pool:
-        profile = pool.submit(describe)
-        _write_slices(folder / "items.parquet", map(to_arrow, clean.items.iter_slices(SLICE_ROWS)))
-        _write_events(folder / _EVENTS, clean.events)
-        rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")
-        pq.write_table(rejected, folder / "quarantine.parquet")
-        write_file(folder / PROFILE, json.dumps(profile.result(), indent=1).encode())
-        write_record(folder, record)
-    return record, False
+
+
+def _write_items(path: Path, items: pl.DataFrame) -> None:
+    _write_slices(path, map(to_arrow, items.iter_slices(SLICE_ROWS)))
 
 
 def _write_slices(path: Path, slices: Iterator[pa.Table], **options: Any) -> None:
@@ -127,13 +137,18 @@ def _write_slices(path: Path, slices: Iterator[pa.Table], **options: Any) -> Non
 
 
 def _write_events(path: Path, events: Events) -> None:
-    """Users as a dictionary and with statistics, as they are ordered by it; items, in no order, gain by neither."""
+    """Users as a dictionary and with statistics, as they are ordered by it; items, in no order, gain by neither.
+
+    Times as differences: a third smaller than compressed, in half the time.
+    """
     _write_slices(
         path,
         events.slices(dictionary=True),
         store_schema=False,
         use_dictionary=[tables.USER_ID, tables.EVENT],
         write_statistics=[tables.USER_ID, tables.TIMESTAMP],
+        column_encoding={tables.TIMESTAMP: "DELTA_BINARY_PACKED"},
+        compression={name: "none" if name == tables.TIMESTAMP else "snappy" for name in tables.INTERACTIONS.names},
     )
 
 

@@ -6,7 +6,6 @@ With care is pyarrow's reader, which can say which row is none. Both read alike 
 from __future__ import annotations
 
 import codecs
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ import pyarrow as pa
 import pyarrow.csv as pc
 from numpy.typing import NDArray
 
-from pipeline.readers import ROW, Part, Rejected, as_text, check_encoding, is_text, named, open_bytes
+from pipeline.readers import ROW, Part, Rejected, ahead, as_text, check_encoding, is_text, named, open_bytes
 from schemas.errors import DataError
 
 BLOCK = 16 << 20  # bytes that pyarrow parses at once; a row must fit into two of them
 _READ = 16 << 20  # bytes whose lines are parsed at once
-_CACHED = 1 << 17  # bytes counted at once: what lies in a processor's cache
+_CACHED = 1 << 20  # bytes counted at once: what lies in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,32 @@ class Delimited:
     names: tuple[str, ...] | None = None
 
 
+def _blocks_of(file: Any) -> Iterator[bytes]:
+    """The bytes of a file, each block read and unpacked in a thread while the one before is looked at."""
+    return ahead(iter(lambda: file.read(_READ), b""))
+
+
 class _Rest:
-    """A stream that begins with bytes that were read from it before.
+    """Bytes, then blocks of them, as one stream.
 
     It is never cut within a line end: pyarrow drops a line feed that a block begins with, in quotes too, where the
     block before it ends in a carriage return.
     """
 
-    def __init__(self, start: bytes, file: Any) -> None:
-        self._start, self._file, self.closed = start, file, False
+    def __init__(self, start: bytes, blocks: Iterator[bytes]) -> None:
+        self._start, self._blocks, self.closed = start, blocks, False
 
     def read(self, size: int) -> bytes:
         found = self._take(size - 1)
         return found + self._take(1) if found.endswith(b"\r") else found
 
     def _take(self, size: int) -> bytes:
-        found, self._start = self._start[:size], self._start[size:]
-        return found or self._file.read(size)
+        found = []
+        while size > 0 and (start := self._start or next(self._blocks, b"")):
+            found.append(start[:size])
+            self._start = start[size:]
+            size -= len(found[-1])
+        return b"".join(found)
 
     def close(self) -> None:
         self.closed = True
@@ -67,18 +75,19 @@ def read_delimited(path: Path, shape: Delimited, encoding: str) -> Iterator[Part
             yield from _whole(path, shape, encoding, masked=False)
             return
         with open_bytes(path) as file:
-            data = file.read(_READ)
+            blocks = _blocks_of(file)
+            data = next(blocks, b"")
             head = 0 if shape.names else data.find(b"\n") + 1
             names = list(shape.names or _plain_names(data[:head], shape))
             rows = data[head:] if head else data.removeprefix(codecs.BOM_UTF8)
             if names and rows:
                 _check_names(path, names)
-                yield from _blocks(path, file, rows, shape, names)
+                yield from _blocks(path, blocks, rows, shape, names)
                 return
         yield from _whole(path, shape, encoding, masked=not _is_utf8(path))
 
 
-def _blocks(path: Path, file: Any, data: bytes, shape: Delimited, names: list[str]) -> Iterator[Part]:
+def _blocks(path: Path, blocks: Iterator[bytes], data: bytes, shape: Delimited, names: list[str]) -> Iterator[Part]:
     """UTF-8 lines without a header, a block at a time; all that is left as one stream where a quote needs care."""
     start, left = 1, b""
     while data or left:
@@ -90,13 +99,13 @@ def _blocks(path: Path, file: Any, data: bytes, shape: Delimited, names: list[st
             start += part.table.height
             yield part
         elif quoted or (data and not end):
-            yield from _later(block + left, file, shape, names, not _is_utf8(path), start)
+            yield from _later(block + left, blocks, shape, names, not _is_utf8(path), start)
             return
         elif block.strip(b"\r\n"):
-            for each in _later(block, io.BytesIO(), shape, names, not is_text(block), start):
+            for each in _later(block, iter(()), shape, names, not is_text(block), start):
                 start += each.table.height + len(each.rejected)
                 yield each
-        data = file.read(_READ)
+        data = next(blocks, b"")
 
 
 def _plain_names(line: bytes, shape: Delimited) -> list[str]:
@@ -173,13 +182,15 @@ def _even(block: bytes, separator: bytes, rows: int, columns: int) -> bool:
     return columns > 1 and marks.removesuffix(b"\n") == (((columns - 1) * separator + b"\n") * rows)[:-1]
 
 
-def _later(data: bytes, file: Any, shape: Delimited, names: list[str], masked: bool, start: int) -> Iterator[Part]:
-    """Rows behind the header: those of ``data``, which were read, then those of ``file``."""
+def _later(
+    data: bytes, blocks: Iterator[bytes], shape: Delimited, names: list[str], masked: bool, start: int
+) -> Iterator[Part]:
+    """Rows behind the header: those of ``data``, then those of the blocks."""
     if masked:
         names = [name.encode().decode("latin-1") for name in names]
     else:
         data = codecs.BOM_UTF8 + data  # one that is within the data would be taken off
-    yield from _careful(_Rest(data, file), shape, names, "utf-8", masked, start)
+    yield from _careful(_Rest(data, blocks), shape, names, "utf-8", masked, start)
 
 
 def _whole(path: Path, shape: Delimited, encoding: str, masked: bool) -> Iterator[Part]:
@@ -190,7 +201,8 @@ def _whole(path: Path, shape: Delimited, encoding: str, masked: bool) -> Iterato
         names = pc.open_csv(file, read_options=read, parse_options=_parse(shape, lambda row: "skip")).schema.names
     _check_names(path, [_true_name(name) if masked else name for name in names])
     with open_bytes(path) as file:
-        yield from _careful(_Rest(b"", file), shape, names, encoding, masked, 1, header=shape.names is None)
+        rows = _Rest(b"", _blocks_of(file))
+        yield from _careful(rows, shape, names, encoding, masked, 1, header=shape.names is None)
 
 
 def _parse(shape: Delimited, keep: Any) -> pc.ParseOptions:

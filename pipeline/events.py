@@ -5,7 +5,6 @@ Order and copies are decided here (DESIGN 4): by user, then (timestamp, sequence
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,11 +15,11 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.vocabulary import Vocabulary
 from schemas import tables
 from schemas.hashing import Digest, tie_hashes
 
 SLICE = 1_048_576  # events decoded at once
-_SEGMENT = 4_000_000  # events whose ids are encoded together
 _CODED = (tables.USER_ID, tables.ITEM_ID, tables.EVENT)
 _SCHEMA = {
     tables.USER_ID: pl.Int32,
@@ -36,7 +35,7 @@ _SCHEMA = {
 class Events:
     """rows: one an event, ids and event types as places in ``names``; a column that nothing fills is of type Null.
 
-    names: column -> its distinct values, sorted as UTF-8.
+    names: column -> its distinct values, sorted as UTF-8, behind those that ``EventBuilder.build`` was given.
     """
 
     rows: pl.DataFrame
@@ -62,18 +61,21 @@ class Events:
 
     def compact(self) -> Events:
         """Without the names that no event has any more."""
-        names, columns = {}, []
-        for column in _CODED:
-            if self.rows[column].dtype == pl.Null:
-                continue
-            used = np.zeros(len(self.names[column]), dtype=bool)
-            used[self.rows[column].drop_nulls().to_numpy()] = True
-            if used.all():
-                continue
-            codes = pl.Series(column, (np.cumsum(used) - 1).astype(np.int32))
-            names[column] = self.names[column].filter(pa.array(used))
-            columns.append(codes.gather(self.rows[column]))
-        return Events(self.rows.with_columns(columns), self.names | names)
+        given = [column for column in _CODED if self.rows[column].dtype != pl.Null]
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(self._used, given))
+        names = {column: names for column, (names, _) in zip(given, found, strict=True)}
+        return Events(self.rows.with_columns([codes for _, codes in found]), self.names | names)
+
+    def _used(self, column: str) -> tuple[pa.Array, pl.Series]:
+        """The names that an event has, and the codes in them."""
+        codes, names = self.rows[column], self.names[column]
+        used = np.zeros(len(names), dtype=bool)
+        used[codes.drop_nulls().to_numpy()] = True
+        if used.all():
+            return names, codes
+        places = pl.Series(column, np.cumsum(used, dtype=np.int32) - 1)
+        return names.filter(pa.array(used)), places.gather(codes)
 
     def slices(self, dictionary: bool = False) -> Iterator[pa.Table]:
         """The events with their ids, in the schema of the interactions table.
@@ -130,124 +132,87 @@ def _spelled(codes: pl.Series, names: pa.Array) -> pa.Array:
     return names.take(codes.to_arrow())
 
 
-class _Coded(NamedTuple):
-    """Some texts as codes. codes: [n], null where the text is; texts: [distinct]."""
-
-    codes: pa.Array
-    texts: pl.Series
-
-
-_SEEDS = (secrets.randbits(64), secrets.randbits(64))  # which code a text has depends on them, no result does
-
-
-def _encode(parts: list[pl.Series]) -> _Coded:
-    """Codes of texts; runs in a thread beside the reader."""
-    texts = pl.concat(parts, rechunk=False)
-    if texts.null_count() == len(texts):
-        return _Coded(pa.nulls(len(texts), pa.int32()), texts[:0])
-    some = texts.drop_nulls()
-    codes, first = _distinct(*(some.hash(seed).to_numpy() for seed in _SEEDS))
-    if len(some) == len(texts):
-        return _Coded(pa.array(codes), some.gather(first))
-    given = texts.is_not_null().to_numpy()
-    every = np.zeros(len(texts), dtype=np.int32)
-    every[given] = codes
-    return _Coded(pa.array(every, mask=~given), some.gather(first))
-
-
-def _distinct(hashes: NDArray[np.uint64], other: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """A code [n] for each text and the place of the first of each code, from two hashes [n] of them.
-
-    Texts are told apart by a hundred bits: those of the first hash that fit into a number beside the place, as one
-    number sorts faster than a table of hashes finds, and all 64 of the other.
-    """
-    count, mask = len(hashes), np.uint64((1 << len(hashes).bit_length()) - 1)
-    packed = hashes & ~mask
-    packed |= np.arange(count, dtype=np.uint64)
-    packed.sort()
-    starts = np.ones(count, dtype=bool)
-    np.greater(packed[1:] ^ packed[:-1], mask, out=starts[1:])
-    packed &= mask
-    places = packed.view(np.int64)
-    check = other[places]
-    differ = np.zeros(count, dtype=bool)
-    np.not_equal(check[1:], check[:-1], out=differ[1:])
-    if (differ & ~starts).any():  # some texts agree in the first hash's bits: side by side by the other
-        groups = np.cumsum(starts)
-        among = np.flatnonzero(np.isin(groups, groups[differ & ~starts]))
-        places[among] = places[among][np.lexsort((places[among], check[among], groups[among]))]
-        check = other[places]
-        starts[1:] |= check[1:] != check[:-1]
-    ranks = np.cumsum(starts, dtype=np.int32)
-    ranks -= 1
-    codes = np.empty(count, dtype=np.int32)
-    codes[places] = ranks
-    return codes, places[starts]
-
-
 class EventBuilder:
     """Takes checked events part by part and holds codes, no texts."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(2)
-        self._waiting: dict[str, list[pl.Series]] = {column: [] for column in _CODED}
-        self._encoded: dict[str, list[Future[_Coded]]] = {column: [] for column in _CODED}
+        self._columns = {column: _Column() for column in _CODED}
         self._plain: list[pl.DataFrame] = []
-        self._rows = 0
 
     def add(self, part: pl.DataFrame) -> None:
         """part: the columns of the interactions table, ids as strings; Null columns where nothing is given."""
-        for column in _CODED:
-            text = part[column] if part[column].dtype == pl.String else part[column].cast(pl.String)
-            self._waiting[column].append(text)
+        for column, taken in self._columns.items():
+            taken.add(part[column].cast(pl.String))
         self._plain.append(part.select(tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL))
-        self._rows += part.height
-        if self._rows >= _SEGMENT:
-            self._flush()
 
-    def _flush(self) -> None:
-        for column, texts in self._waiting.items():
-            if texts:
-                for earlier in self._encoded[column][:-1]:
-                    earlier.result()  # at most two segments of texts at once
-                self._encoded[column].append(self._pool.submit(_encode, texts))
-            self._waiting[column] = []
-        self._rows = 0
+    def build(self, items: pl.Series | None = None) -> Events:
+        """All events so far, in the order in which they came, duplicates included.
 
-    def build(self) -> Events:
-        """All events so far, in the order in which they came, duplicates included."""
-        self._flush()
-        parts = {column: [found.result() for found in futures] for column, futures in self._encoded.items()}
-        unified = dict(zip(parts, self._pool.map(_unified, parts.values()), strict=True))
-        self._pool.shutdown()
-        names = {column: found[0] for column, found in unified.items()}
-        columns = [found[1].alias(column) for column, found in unified.items()]
+        items: distinct ids whose places become their codes, whether or not an event has them.
+        """
+        coming = {
+            name: taken.build(items if name == tables.ITEM_ID else None) for name, taken in self._columns.items()
+        }
         plain = {name: _SCHEMA[name] for name in (tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL)}
         rows = pl.concat([pl.DataFrame(schema=dict.fromkeys(plain, pl.Null)), *self._plain], how="vertical_relaxed")
-        self._plain, self._encoded = [], {}
-        rows = rows.with_columns(pl.col(tables.TIMESTAMP).cast(pl.Int64), *columns).select(list(_SCHEMA))
-        return Events(rows.rechunk(), names)
+        rows = rows.with_columns(pl.col(tables.TIMESTAMP).cast(pl.Int64)).rechunk()
+        self._plain, self._columns = [], {}
+        found = {name: built.result() for name, built in coming.items()}
+        columns = [codes.rechunk().alias(name) for name, (_, codes) in found.items()]
+        rows = rows.with_columns(columns).select(list(_SCHEMA))
+        return Events(rows, {name: names for name, (names, _) in found.items()})
 
 
-def _unified(parts: list[_Coded]) -> tuple[pa.Array, pl.Series]:
-    """One sorted list of distinct texts for all parts, and the codes in it; Null when every value is null."""
-    if not parts:
-        return pa.array([], pa.string()), pl.Series([], dtype=pl.Int32)
-    every = pl.concat([part.texts for part in parts], rechunk=False)
-    joined = _encode([every])
-    order = joined.texts.arg_sort()
-    rank = np.empty(len(order), dtype=np.int32)
-    rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-    names = joined.texts.gather(order).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
-    rows = sum(len(part.codes) for part in parts)
-    if not len(names):
-        return names, pl.Series([None], dtype=pl.Null).new_from_index(0, rows)
-    ranks, start, codes = rank[joined.codes.to_numpy()], 0, []
+class _Column:
+    """Texts of one column on their way to codes, in a thread beside the reader."""
+
+    def __init__(self) -> None:
+        self._thread, self._vocabulary = ThreadPoolExecutor(1), Vocabulary()
+        self._parts: list[Future[pa.Array]] = []
+
+    def add(self, texts: pl.Series) -> None:
+        for before in self._parts[-1:]:
+            before.result()  # at most two parts of texts at once
+        self._parts.append(self._thread.submit(_encoded, self._vocabulary, texts))
+
+    def build(self, given: pl.Series | None) -> Future[tuple[pa.Array, pl.Series]]:
+        """As ``_named``, of all parts."""
+        built = self._thread.submit(lambda: _named(self._vocabulary, [part.result() for part in self._parts], given))
+        self._thread.shutdown(wait=False)
+        return built
+
+
+def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
+    """Codes [n], null where the text is."""
+    if not texts.null_count():
+        return pa.array(vocabulary.encode(texts))
+    given, codes = texts.is_not_null().to_numpy(), np.zeros(len(texts), dtype=np.int32)
+    codes[given] = vocabulary.encode(texts.drop_nulls())
+    return pa.array(codes, mask=~given)
+
+
+def _named(vocabulary: Vocabulary, parts: list[pa.Array], given: pl.Series | None) -> tuple[pa.Array, pl.Series]:
+    """The distinct texts, ``given`` and then the others sorted; and the codes in them, Null when all of them are."""
+    first = pl.Series([], dtype=pl.String) if given is None else given
+    known = vocabulary.encode(first)
+    other = np.ones(len(vocabulary), dtype=bool)
+    other[known] = False
+    others = vocabulary.texts.filter(pl.Series(other)).sort()
+    rank = np.empty(len(other), dtype=np.int32)
+    rank[known] = np.arange(len(known), dtype=np.int32)
+    rank[vocabulary.encode(others)] = np.arange(len(known), len(rank), dtype=np.int32)
+    named = pl.concat([first, others]).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+    rows, missing = sum(map(len, parts)), sum(part.null_count for part in parts)
+    if missing == rows:
+        return named, pl.Series([None], dtype=pl.Null).new_from_index(0, rows)
+    if missing:
+        ranks = pa.array(rank)
+        return named, pl.concat([pl.Series(ranks.take(part), dtype=pl.Int32) for part in parts])
+    codes, start = np.empty(rows, dtype=np.int32), 0
     for part in parts:
-        own = pa.array(ranks[start : start + len(part.texts)])
-        start += len(part.texts)
-        codes.append(pl.Series(own.take(part.codes), dtype=pl.Int32))
-    return names, pl.concat(codes)
+        rank.take(part, out=codes[start : start + len(part)], mode="clip")
+        start += len(part)
+    return named, pl.Series(codes)
 
 
 class _Sorted(NamedTuple):
@@ -321,21 +286,39 @@ def _hashes(rows: pl.DataFrame, names: dict[str, pa.Array]) -> list[pl.Series]:
 
 
 def order_events(events: Events) -> tuple[Events, int]:
-    """Events in their order, copies taken out; and how many these were.
+    """Events in their order, copies taken out; and how many these were. A thread orders a range of users.
 
     Real logs tie on the timestamp for a quarter to a half of consecutive events, stored in id order, which
     leaks; the hash is an order that knows nothing (DESIGN 4). Only tied events are hashed.
     """
     if not len(events):
         return events, 0
+    users = events.rows[tables.USER_ID]
+    threads = pl.thread_pool_size()
+    some = users.gather_every(1 + len(users) // 10_000).sort()
+    bounds = sorted({int(some[len(some) * place // threads]) for place in range(1, threads)})
+    ranges = zip([0, *bounds], [*bounds, len(events.names[tables.USER_ID])], strict=True)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(lambda ends: _ordered(events, *ends), ranges))
+    rows = pl.concat(parts, rechunk=True)
+    return replace(events, rows=rows), len(events) - rows.height
+
+
+def _ordered(events: Events, low: int, high: int) -> pl.DataFrame:
+    """Rows of the users from ``low`` to before ``high`` in their order, without copies."""
+    rows = events.rows
+    if high - low < len(events.names[tables.USER_ID]):
+        rows = rows.filter(pl.col(tables.USER_ID).is_between(low, high, closed="left"))
+    if rows.is_empty():
+        return rows
     keys = [tables.USER_ID, tables.TIMESTAMP]
-    if events.rows[tables.SEQUENCE].dtype != pl.Null:
+    if rows[tables.SEQUENCE].dtype != pl.Null:
         keys.append(tables.SEQUENCE)
-    order, chosen, again = _sorted(events.rows, keys)
+    order, chosen, again = _sorted(rows, keys)
     places = np.flatnonzero(again | np.append(again[1:], False))
     copies: NDArray[np.bool_] = np.zeros(len(order), dtype=bool)
     if len(places):
-        tied = events.rows[order[places]]
+        tied = rows[order[places]]
         within = [*keys, "__high", "__low", tables.EVENT, tables.LABEL]
         tied = tied.with_columns(_hashes(tied, events.names)).with_row_index("__place").sort(within, nulls_last=True)
         order[places] = order[places][tied["__place"].to_numpy()]
@@ -345,6 +328,6 @@ def order_events(events: Events) -> tuple[Events, int]:
         same = tied.select(pl.all_horizontal(every)).to_series().to_numpy().copy()
         same[0] = False
         copies[places] = same
-    others = events.rows.select(name for name in _SCHEMA if name not in keys)[order]
+    others = rows.select(name for name in _SCHEMA if name not in keys)[order]
     rows = pl.concat([chosen, others], how="horizontal").select(list(_SCHEMA))
-    return replace(events, rows=rows).where(~copies), int(copies.sum())
+    return rows.filter(pl.Series(~copies)) if copies.any() else rows

@@ -7,12 +7,14 @@ the rejected rows lie in a temporary folder (TMPDIR) and are mapped into memory.
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
-from pipeline.columns import as_id, as_milliseconds, as_number, as_text, time_reason
+from pipeline.columns import as_id, as_milliseconds, as_number, as_text, time_reasons
 from pipeline.events import EventBuilder, Events, order_events
 from pipeline.filters import apply, event_filter, first_events, k_core
 from pipeline.forgotten import FILTER, ForgottenUsers
@@ -52,6 +54,24 @@ class CleanTables:
         )
 
 
+class _Catalog(NamedTuple):
+    """known: ids that an event may name, sorted: of ``items`` and those of the data set before that are ``gone``."""
+
+    items: pl.DataFrame
+    known: pl.Series
+    gone: pl.Series
+
+
+def _read_catalog(config: DataConfig, given: Delivery, intake: Intake, previous: Path | None) -> _Catalog:
+    items, feed = clean_items(config, given, intake)
+    known = items[tables.ITEM_ID]
+    if previous is None:
+        return _Catalog(items, known, known[:0])
+    before = pl.scan_parquet(previous).select(tables.ITEM_ID).collect().to_series()
+    gone = before.filter(~before.is_in(feed.implode()))
+    return _Catalog(items, pl.concat([known, gone]).sort() if len(gone) else known, gone)
+
+
 def _check_swapped(events: pl.DataFrame, path: Path) -> None:
     """Raise DataError when an id column holds times and the time column does not."""
     median = events[tables.TIMESTAMP].median()
@@ -78,18 +98,14 @@ def _clean_events(part: Part, path: Path, intake: Intake) -> pl.DataFrame:
     if kinds.dtype.is_nested() or kinds.dtype == pl.Object:
         raise DataError(f"{path}: column {tables.EVENT!r} is {kinds.dtype}, expected text")
     event = kinds if kinds.dtype == pl.Null else as_text(as_text(kinds).cast(pl.String))
-    reason = pl.lit(None, pl.String)
-    for name, wrong, what in (
-        (tables.LABEL, no_label, "a number"),
-        (tables.SEQUENCE, no_sequence, "a whole number"),
-    ):
-        if wrong is not None:
-            reason = pl.when(pl.lit(wrong)).then(pl.lit(f"{name} is not {what}")).otherwise(reason)
-    reason = pl.coalesce(time_reason(tables.TIMESTAMP), reason)
-    for name in (tables.ITEM_ID, tables.USER_ID):
-        reason = id_reason(column_of(raw, name)).otherwise(reason)
+    reasons = [id_reason(column_of(raw, name)) for name in (tables.USER_ID, tables.ITEM_ID)]
+    reasons += time_reasons(tables.TIMESTAMP)
+    if no_sequence is not None:
+        reasons.append((pl.lit(no_sequence), f"{tables.SEQUENCE} is not a whole number"))
+    if no_label is not None:
+        reasons.append((pl.lit(no_label), f"{tables.LABEL} is not a number"))
     table = pl.DataFrame([*ids, times.alias(tables.TIMESTAMP), sequence, event, label])
-    return intake.split(raw, table, reason, path)
+    return intake.split(raw, table, reasons, path)
 
 
 def _number(raw: pl.DataFrame, name: str, dtype: pl.DataType, path: Path) -> tuple[pl.Series, pl.Series | None]:
@@ -100,13 +116,15 @@ def _number(raw: pl.DataFrame, name: str, dtype: pl.DataType, path: Path) -> tup
     return number.alias(name), wrong
 
 
-def _read_events(config: DataConfig, given: Delivery, intake: Intake) -> Events:
-    """All usable events of the files, filters by row applied."""
+def _read_events(config: DataConfig, given: Delivery, intake: Intake, items: Future[_Catalog]) -> Events:
+    """All usable events of the files, filters by row applied; known items have the codes of their places."""
     builder, filters = EventBuilder(), event_filter(config.filters)
     for path in given.files:
         first = True
         parts = read_file(path, "interactions", config.format, config.interaction_columns, config.encoding)
         for part in ahead(parts):
+            if items.done():
+                items.result()
             intake.take(path, part)
             clean = _clean_events(part, path, intake)
             if first:
@@ -114,7 +132,7 @@ def _read_events(config: DataConfig, given: Delivery, intake: Intake) -> Events:
                 first = False
             builder.add(apply(clean, filters, intake.filtered))
     intake.check_share()
-    return builder.build()
+    return builder.build(items.result().known)
 
 
 def _alike(ids: pl.Series) -> pl.Series:
@@ -124,15 +142,13 @@ def _alike(ids: pl.Series) -> pl.Series:
 
 def _check_unknown(events: Events, known: pl.Series, config: DataConfig) -> pl.Series:
     """Which events name a known item. Raises DataError when that is none, or by policy when it is not all."""
-    names = pl.Series(events.names[tables.ITEM_ID], dtype=pl.String)
-    is_known = names.is_in(known.implode())
-    mask = events.rows.select(pl.lit(is_known).gather(pl.col(tables.ITEM_ID))).to_series()
+    mask = events.rows[tables.ITEM_ID] < len(known)
     unknown = len(events) - int(mask.sum())
     if not unknown:
         return mask
-    lost = names.filter(~is_known)
+    lost = pl.Series(events.names[tables.ITEM_ID][len(known) :], dtype=pl.String)
     spelled = lost.filter(_alike(lost).is_in(_alike(known).implode()))
-    events_of = pl.Series(events.counts(tables.ITEM_ID)).filter(names.is_in(spelled.implode())).sum()
+    events_of = pl.Series(events.counts(tables.ITEM_ID)[len(known) :]).filter(lost.is_in(spelled.implode())).sum()
     if events_of > config.reject_share * len(events):
         raise DataError(
             f"{config.interactions}: {events_of} interactions have items such as {spelled[0]!r}, spelled otherwise "
@@ -148,9 +164,13 @@ def _check_unknown(events: Events, known: pl.Series, config: DataConfig) -> pl.S
     return mask
 
 
-def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, known: pl.Series) -> Events:
-    """Events with a known item, ordered, without copies, filtered. Raises DataError."""
-    events = _read_events(config, given, intake)
+def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, catalog: Future[_Catalog]) -> Events:
+    """Events with a known item, ordered, without copies, filtered. Raises DataError, that of the catalog first."""
+    try:
+        events = _read_events(config, given, intake, catalog)
+    except DataError:
+        catalog.result()
+        raise
     if not len(events):
         raise DataError(f"{config.interactions}: none of its {intake.rows_in} rows is left ({intake.filtered})")
     counts = intake.filtered
@@ -162,7 +182,7 @@ def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, know
     if intake.forgotten:
         gone = intake.forgotten.mask(events.names[tables.USER_ID].to_pylist())
         events = left(FILTER, events.where(~gone[events.rows[tables.USER_ID].to_numpy()]))
-    events = left("unknown items", events.where(_check_unknown(events, known, config)))
+    events = left("unknown items", events.where(_check_unknown(events, catalog.result().known, config)))
     events = left("interaction copies", order_events(events)[0])
     if config.filters.first_only:
         events = left("repeats", first_events(events))
@@ -175,7 +195,7 @@ def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, know
 
 
 def ingest(config: DataConfig, previous: Path | None = None, forgotten: ForgottenUsers | None = None) -> CleanTables:
-    """Read, check, filter and order both tables, the catalog first. Raises DataError; publishes nothing.
+    """Read both tables beside each other, check, filter and order them. Raises DataError; publishes nothing.
 
     previous: the catalog file of the data set before, from which items that left the feed are carried over while
     an interaction names them; forgotten: users whose rows are left out and counted.
@@ -187,15 +207,13 @@ def ingest(config: DataConfig, previous: Path | None = None, forgotten: Forgotte
             "items": delivery(config.items, "items"),
             "interactions": delivery(config.interactions, "interactions"),
         }
-        items, feed = clean_items(config, deliveries["items"], intakes["items"])
-        known, gone = items[tables.ITEM_ID], pl.Series([], dtype=pl.String)
-        if previous is not None:
-            before = pl.scan_parquet(previous).select(tables.ITEM_ID).collect().to_series()
-            gone = before.filter(~before.is_in(feed.implode()))
-            known = pl.concat([known, gone])
-        events = clean_interactions(config, deliveries["interactions"], intakes["interactions"], known)
-        wanted = gone.filter(gone.is_in(pl.Series(events.names[tables.ITEM_ID], dtype=pl.String).implode()))
-        if previous is not None and len(wanted):
+        with ThreadPoolExecutor(1) as pool:
+            catalog = pool.submit(_read_catalog, config, deliveries["items"], intakes["items"], previous)
+            events = clean_interactions(config, deliveries["interactions"], intakes["interactions"], catalog)
+        items, _, gone = catalog.result()
+        wanted = gone
+        if previous is not None and len(gone):
+            wanted = gone.filter(gone.is_in(pl.Series(events.names[tables.ITEM_ID], dtype=pl.String).implode()))
             items = carry(items, previous, wanted)
         rejected = [intake.saved("rejected", QUARANTINE).sort(tables.FILE, tables.ROW) for intake in intakes.values()]
         return CleanTables(

@@ -8,9 +8,9 @@ from typing import Literal
 
 import polars as pl
 import pyarrow as pa
-from polars.expr.whenthen import Then
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.columns import Reason
 from pipeline.filters import FilterConfig
 from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.importers import Format, Kind
@@ -93,15 +93,19 @@ class Intake:
         bad = part.rejected
         self.reject(path, [b.row for b in bad], [b.reason for b in bad], [b.raw for b in bad])
 
-    def split(self, raw: pl.DataFrame, clean: pl.DataFrame, reason: pl.Expr, path: Path) -> pl.DataFrame:
-        """The rows of ``clean`` whose reason is null; the others, as they were in ``raw``, are put aside."""
-        reasons = clean.select(reason.alias(tables.REASON)).to_series()
-        if reasons.null_count() == clean.height:
+    def split(self, raw: pl.DataFrame, clean: pl.DataFrame, reasons: list[Reason], path: Path) -> pl.DataFrame:
+        """The rows of ``clean`` that no reason holds for; the others, as they were in ``raw``, are put aside with the
+        first one.
+        """
+        wrong = clean.select(wrong=pl.any_horizontal(condition for condition, _ in reasons)).to_series()
+        if not wrong.any():
             return clean
-        bad = raw.filter(reasons.is_not_null())
+        first = pl.coalesce(pl.when(condition).then(pl.lit(why)) for condition, why in reasons)
+        why = clean.select(first.alias(tables.REASON)).to_series()
+        bad = raw.filter(why.is_not_null())
         raws = [as_json(row) for row in bad.drop(ROW).rows(named=True)]
-        self.reject(path, bad[ROW].to_list(), reasons.drop_nulls().to_list(), raws)
-        return clean.filter(reasons.is_null())
+        self.reject(path, bad[ROW].to_list(), why.drop_nulls().to_list(), raws)
+        return clean.filter(why.is_null())
 
     def check_share(self) -> None:
         """Raise DataError when too many rows were rejected, or there was none."""
@@ -141,12 +145,10 @@ def require(table: pl.DataFrame, names: list[str], path: Path) -> None:
         )
 
 
-def id_reason(column: pl.Series) -> Then:
-    """Why a cleaned id is none, where it is null or empty; for a chain of conditions. column: as it came."""
+def id_reason(column: pl.Series) -> Reason:
+    """Where a cleaned id is none, as it is null or empty. column: as it came."""
     empty = (pl.col(column.name).is_null() | (pl.col(column.name) == "")).fill_null(True)
-    return pl.when(empty).then(
-        pl.lit(f"{column.name} is no whole number" if column.dtype.is_float() else f"empty {column.name}")
-    )
+    return empty, f"{column.name} is no whole number" if column.dtype.is_float() else f"empty {column.name}"
 
 
 def to_arrow(table: pl.DataFrame) -> pa.Table:

@@ -30,14 +30,12 @@ def _clean_items(raw: pl.DataFrame, path: Path, intake: Intake) -> pl.DataFrame:
     unread = pl.lit(False)
     if given.dtype == pl.String:
         unread = pl.lit((given.str.strip_chars() != "") & columns[-1].is_null()).fill_null(False)
-    reason = (
-        id_reason(column_of(raw, tables.ITEM_ID))
-        .when(pl.col(tables.AVAILABLE).is_null())
-        .then(pl.lit("available is neither true nor false"))
-        .when(unread)
-        .then(pl.lit("updated_at is no time"))
-    )
-    return intake.split(raw, pl.DataFrame([*columns, raw[ROW]]), reason, path)
+    reasons = [
+        id_reason(column_of(raw, tables.ITEM_ID)),
+        (pl.col(tables.AVAILABLE).is_null(), "available is neither true nor false"),
+        (unread, "updated_at is no time"),
+    ]
+    return intake.split(raw, pl.DataFrame([*columns, raw[ROW]]), reasons, path)
 
 
 def _read_items(config: DataConfig, given: Delivery, intake: Intake) -> pl.DataFrame:
@@ -57,9 +55,10 @@ def _newest(rows: pl.DataFrame, given: Delivery, intake: Intake) -> pl.DataFrame
     Older rows and copies are filtered; another text in the same file at the same time is rejected.
     """
     intake.filtered |= {"older item rows": 0, "item copies": 0}
-    again = rows.select(pl.col(tables.ITEM_ID).is_duplicated()).to_series()
-    if not again.any():
+    ids = rows[tables.ITEM_ID].sort()
+    if not (ids[1:] == ids[:-1]).any():
         return rows
+    again = rows.select(pl.col(tables.ITEM_ID).is_duplicated()).to_series()
     order = [name for name in (tables.UPDATED_AT, _FILE) if name in rows.columns]
     several = rows.with_row_index("__place").filter(again).sort([tables.ITEM_ID, *order], nulls_last=False)
     last = pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).last().over(tables.ITEM_ID)) for name in order)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from item_tower.prompt import TemplateConfig, render
 from pipeline.events import Events
@@ -19,6 +21,7 @@ from schemas.records import Dataset
 CountTokens = Callable[[list[str]], Sequence[int]]
 _SAMPLE = 1_000  # texts rendered and tokenised
 _TOP = 5
+_PAIRS = 1 << 18  # events whose pairs of user and item are sorted at once
 _QUANTILES = (0.5, 0.95, 1.0)
 
 
@@ -37,17 +40,26 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": round(float(values.mean()), 2)} | found
 
 
+def _repeats(users: NDArray[np.int32], items: NDArray[np.int32]) -> int:
+    """Events whose user has an earlier one with the item. users: ordered, so that some at once can be looked at."""
+    bounds = [*np.unique(np.searchsorted(users, users[::_PAIRS])).tolist(), len(users)]
+    repeats = 0
+    for start, end in pairwise(bounds):
+        pairs = users[start:end].astype(np.int64)
+        pairs <<= 32
+        pairs |= items[start:end]
+        pairs.sort()
+        repeats += int(np.count_nonzero(pairs[1:] == pairs[:-1]))
+    return repeats
+
+
 def describe_events(events: Events) -> dict[str, Any]:
     """Counts, dates, and the shares of ties (consecutive events of a user at one time) and of repeated pairs."""
     rows = events.rows
     users, times = rows[tables.USER_ID].to_numpy(), rows[tables.TIMESTAMP].to_numpy()
     same_user = users[1:] == users[:-1]
     ties = int((same_user & (times[1:] == times[:-1])).sum())
-    pairs = users.astype(np.int64)
-    pairs <<= 32
-    pairs |= rows[tables.ITEM_ID].to_numpy()
-    pairs.sort()
-    repeats = int((pairs[1:] == pairs[:-1]).sum())
+    repeats = _repeats(users, rows[tables.ITEM_ID].to_numpy())
     by_user, by_item = events.counts(tables.USER_ID), events.counts(tables.ITEM_ID)
     most = np.argsort(-by_item, kind="stable")[:_TOP]
     return {
@@ -57,7 +69,7 @@ def describe_events(events: Events) -> dict[str, Any]:
         "first_day": _day(int(times.min())),
         "last_day": _day(int(times.max())),
         "tie_share": _share(ties, int(same_user.sum())),
-        "repeat_share": _share(repeats, len(pairs)),
+        "repeat_share": _share(repeats, len(events)),
         "events_per_user": _spread(by_user),
         "events_per_item": _spread(by_item),
         "top_items": {events.names[tables.ITEM_ID][int(place)].as_py(): int(by_item[place]) for place in most},
@@ -77,10 +89,11 @@ def describe_items(
     if cells:
         text = items.select(pl.concat_str(cells, separator=", ", ignore_nulls=True)).to_series().str.strip_chars()
     given = text.filter(text != "")
-    again = given.hash().value_counts(sort=False).filter(pl.col("count") > 1) if len(given) else pl.DataFrame()
-    top = {}
-    if again.height:
-        heads = given.filter(given.hash().is_in(again.sort("count", descending=True)[:_TOP].to_series(0).implode()))
+    hashes, several = np.unique(given.hash().to_numpy(), return_counts=True)
+    again, top = several > 1, {}
+    if again.any():
+        most = pl.Series(hashes[again][np.argsort(-several[again], kind="stable")[:_TOP]])
+        heads = given.filter(given.hash().is_in(most.implode()))
         counts = heads.value_counts().sort(["count", heads.name], descending=[True, False])
         top = {value[:80]: int(count) for value, count in counts.iter_rows()}
     found = {
@@ -88,7 +101,7 @@ def describe_items(
         tables.AVAILABLE: int(items[tables.AVAILABLE].sum()),
         "carried": carried,
         "without_text_share": _share(items.height - len(given), items.height) if cells else None,
-        "same_text_share": _share(int(again["count"].sum()), items.height) if again.height else 0.0,
+        "same_text_share": _share(int(several[again].sum()), items.height),
         "top_duplicates": top,
     }
     return found | _lengths(items, fields, template, count_tokens)

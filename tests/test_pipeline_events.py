@@ -8,23 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import events as module
 from pipeline.events import EventBuilder, Events, order_events
 from schemas import tables
 from schemas.hashing import tie_hashes
 
 
-@given(texts=st.lists(st.integers(0, 30), min_size=1, max_size=60), alike=st.integers(1, 31))
-def test_texts_whose_first_hashes_agree_have_codes_of_their_own(texts, alike):
-    other = np.array(texts, dtype=np.uint64)
-    codes, first = module._distinct((other % alike) << np.uint64(40), other)
-    assert sorted(other[first].tolist()) == sorted(set(texts))
-    assert other[first][codes].tolist() == texts
-    assert all(texts.index(texts[place]) == place for place in first)
-
-
 def build(rows: list[tuple], parts: int = 1) -> Events:
-    """Events from (user, item, time, sequence) in so many parts, each its own segment."""
+    """Events from (user, item, time, sequence) in so many parts."""
     builder = EventBuilder()
     for part in np.array_split(np.arange(len(rows)), parts):
         chosen = [rows[place] for place in part]
@@ -32,7 +22,6 @@ def build(rows: list[tuple], parts: int = 1) -> Events:
         table = pl.DataFrame(columns).with_columns(event=pl.lit(None), label=pl.lit(None))
         given = table["sequence"].null_count() < table.height
         builder.add(table if given else table.with_columns(sequence=pl.lit(None)))
-        builder._flush()
     return builder.build()
 
 

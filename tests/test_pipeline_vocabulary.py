@@ -1,0 +1,34 @@
+"""Texts as codes: told apart whatever their hashes, in parts, with a table that grows."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.vocabulary import Vocabulary
+
+
+@given(parts=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=60), max_size=4), alike=st.integers(1, 31))
+def test_texts_whose_first_hashes_agree_have_codes_of_their_own(parts, alike):
+    vocabulary, seen = Vocabulary(), {}
+    for part in parts:
+        texts, before = np.array(part, dtype=np.uint64), len(vocabulary)
+        codes, new = vocabulary._find(texts % alike | 1 << 63, texts << 32)
+        assert [seen.setdefault(text, code) for text, code in zip(part, codes, strict=True)] == codes.tolist()
+        assert codes[new].tolist() == list(range(before, len(vocabulary)))
+    assert sorted(seen.values()) == list(range(len(vocabulary)))
+
+
+def test_a_growing_vocabulary_keeps_each_text_once_by_its_code():
+    vocabulary, rng = Vocabulary(), np.random.default_rng(0)
+    texts = [
+        pl.Series([f"number {number} of many" for number in (rng.random(20_000) ** 2 * 60_000).astype(int)]),
+        pl.Series(["", "é", "a\0b", "a", ""]),
+        pl.Series([f"{number}" for number in range(30_000)]),
+    ] * 2
+    codes = [vocabulary.encode(part) for part in texts]
+    assert len(vocabulary) == len(vocabulary.texts) == pl.concat(texts).n_unique()
+    assert all(vocabulary.texts.gather(found).equals(part) for found, part in zip(codes, texts, strict=True))
+    assert vocabulary.encode(pl.Series([], dtype=pl.String)).tolist() == []
