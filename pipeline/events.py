@@ -86,6 +86,7 @@ class Events:
         if dictionary:
             place = schema.get_field_index(tables.USER_ID)
             schema = schema.set(place, schema.field(place).with_type(pa.dictionary(pa.int32(), pa.string())))
+        texts = {column: pl.Series(names, dtype=pl.String) for column, names in self.names.items()}
         for part in self.rows.iter_slices(SLICE):
             arrays = []
             for field in schema:
@@ -97,7 +98,8 @@ class Events:
                     names = self.names[field.name].slice(low, high + 1 - low)
                     arrays.append(pa.DictionaryArray.from_arrays((column - low).to_arrow(), names))
                 elif field.name in _CODED:
-                    arrays.append(_spelled(column, self.names[field.name]))
+                    spelled = texts[field.name].gather(column)
+                    arrays.append(spelled.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(field.type))
                 else:
                     arrays.append(column.to_arrow())
             yield pa.table(arrays, schema=schema)
@@ -126,10 +128,6 @@ def _offsets(values: pa.Array) -> NDArray[np.int64]:
 def _bytes(values: pa.Array) -> NDArray[np.uint8]:
     offsets = _offsets(values)
     return np.frombuffer(values.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
-
-
-def _spelled(codes: pl.Series, names: pa.Array) -> pa.Array:
-    return names.take(codes.to_arrow())
 
 
 class EventBuilder:
@@ -275,10 +273,9 @@ def _sorted_with_places(numbers: NDArray[np.int64], bits: int) -> NDArray[np.int
 def _hashes(rows: pl.DataFrame, names: dict[str, pa.Array]) -> list[pl.Series]:
     """``tie_hashes`` of each row as two numbers that sort as its 16 bytes do."""
     halves = [np.zeros((0, 2), dtype=np.uint64)]
+    texts = [(column, pl.Series(names[column], dtype=pl.String)) for column in (tables.USER_ID, tables.ITEM_ID)]
     for part in rows.iter_slices(SLICE):
-        users, items = (
-            _spelled(part[column], names[column]).to_pylist() for column in (tables.USER_ID, tables.ITEM_ID)
-        )
+        users, items = (spelled.gather(part[column]).to_list() for column, spelled in texts)
         hashes = b"".join(tie_hashes(users, items))
         halves.append(np.frombuffer(hashes, dtype=">u8").astype(np.uint64).reshape(-1, 2))
     joined = np.concatenate(halves)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import polars as pl
 
@@ -184,18 +186,29 @@ class Delivery:
     """The files of one table, each content once. again: how many were left out as delivered before."""
 
     files: list[Path]
-    digests: list[str]
+    hashing: list[Future[str]]
     again: int
 
+    @property
+    def digests(self) -> list[str]:
+        """Of the files; waits for those that are still being hashed."""
+        return [digest.result() for digest in self.hashing]
 
-def delivery(location: Path, kind: Kind) -> Delivery:
-    """Look up and hash the files of a table. Raises DataError."""
-    seen: dict[str, Path] = {}
+
+def delivery(location: Path, kind: Kind, pool: Executor) -> Delivery:
+    """Look up the files of a table and hash them in the pool: waited for only where two have one size, which may be
+    one file delivered twice. Raises DataError.
+    """
     found = find_files(location, kind)
     for path in found:
         ending_of(path)
-        seen.setdefault(file_digest(path), path)
-    return Delivery(list(seen.values()), list(seen), len(found) - len(seen))
+    sizes = Counter(path.stat().st_size for path in found)
+    hashing = {path: pool.submit(file_digest, path) for path in found}
+    seen: dict[Any, Path] = {}
+    for path in found:
+        seen.setdefault(path if sizes[path.stat().st_size] == 1 else hashing[path].result(), path)
+    files = list(seen.values())
+    return Delivery(files, [hashing[path] for path in files], len(found) - len(files))
 
 
 def _renamed(table: pl.DataFrame, columns: dict[str, str], only: bool) -> pl.DataFrame:

@@ -7,7 +7,7 @@ the rejected rows lie in a temporary folder (TMPDIR) and are mapped into memory.
 from __future__ import annotations
 
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -203,17 +203,23 @@ def ingest(config: DataConfig, previous: Path | None = None, forgotten: Forgotte
     without = forgotten or ForgottenUsers(())
     with tempfile.TemporaryDirectory(prefix="hllm-ingest-") as folder:
         intakes = {kind: Intake(kind, config, Path(folder), without) for kind in ("items", "interactions")}
-        deliveries: dict[Kind, Delivery] = {
-            "items": delivery(config.items, "items"),
-            "interactions": delivery(config.interactions, "interactions"),
-        }
-        with ThreadPoolExecutor(1) as pool:
-            catalog = pool.submit(_read_catalog, config, deliveries["items"], intakes["items"], previous)
-            events = clean_interactions(config, deliveries["interactions"], intakes["interactions"], catalog)
+        hashing = ThreadPoolExecutor(1)
+        try:
+            deliveries: dict[Kind, Delivery] = {
+                "items": delivery(config.items, "items", hashing),
+                "interactions": delivery(config.interactions, "interactions", hashing),
+            }
+            with ThreadPoolExecutor(1) as pool:
+                catalog = pool.submit(_read_catalog, config, deliveries["items"], intakes["items"], previous)
+                events = clean_interactions(config, deliveries["interactions"], intakes["interactions"], catalog)
+            wait(future for given in deliveries.values() for future in given.hashing)
+        finally:
+            hashing.shutdown(wait=False, cancel_futures=True)
         items, _, gone = catalog.result()
         wanted = gone
         if previous is not None and len(gone):
             wanted = gone.filter(gone.is_in(pl.Series(events.names[tables.ITEM_ID], dtype=pl.String).implode()))
+        if previous is not None and len(wanted):
             items = carry(items, previous, wanted)
         rejected = [intake.saved("rejected", QUARANTINE).sort(tables.FILE, tables.ROW) for intake in intakes.values()]
         return CleanTables(
