@@ -91,7 +91,12 @@ def clean_items(config: DataConfig, given: Delivery, intake: Intake) -> tuple[pl
             f"({intake.rejected} rejected, filtered {intake.filtered})"
         )
     intake.check_sum(good.height)
-    return good[good[tables.ITEM_ID].arg_sort()], rows[tables.ITEM_ID]
+    return good[_order(good)], rows[tables.ITEM_ID]
+
+
+def _order(items: pl.DataFrame) -> pl.Series:
+    """Places by id. With a second key polars compares encoded rows, which takes two thirds of the time."""
+    return items.select(pl.arg_sort_by(tables.ITEM_ID, tables.AVAILABLE)).to_series()
 
 
 def carry(items: pl.DataFrame, previous: Path, wanted: pl.Series) -> pl.DataFrame:
@@ -105,4 +110,4 @@ def carry(items: pl.DataFrame, previous: Path, wanted: pl.Series) -> pl.DataFram
         columns.append(pl.col(name).cast(dtype, strict=False) if same else pl.lit(None, dtype).alias(name))
     carried = old.select(columns).with_columns(pl.lit(False).alias(tables.AVAILABLE))
     both = pl.concat([items, carried], rechunk=False)
-    return both[both[tables.ITEM_ID].arg_sort()]
+    return both[_order(both)]

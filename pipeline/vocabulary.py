@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 _SEEDS = (secrets.randbits(64), secrets.randbits(64))  # which slot a text has depends on them, no result does
 _HASH, _CODE = 0, 1  # columns of the table
+_MOST = 1 << 19  # texts for all of which there is room in advance
 _LOW = np.uint64(0xFFFF_FFFF)
 
 
@@ -38,6 +39,9 @@ class Vocabulary:
 
     def encode(self, texts: pl.Series) -> NDArray[np.int32]:
         """A code [n] for each text, none of them null; those seen for the first time get the next ones."""
+        if len(texts) > _MOST:
+            parts = (texts[start : start + _MOST] for start in range(0, len(texts), _MOST))
+            return np.concatenate([self.encode(part) for part in parts])
         hashes, others = (texts.hash(seed).to_numpy() for seed in _SEEDS)
         self._reserve(len(texts))
         codes, new = self._find(hashes | np.uint64(1 << 63), others & ~_LOW)
