@@ -111,7 +111,7 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-ingest-") as folder:
         root = Path(folder)
         apart("make", make, root)
-        works = dict(zip((_SCAN, f"{_SCAN}, sorted", "prepare-data"), (_bare, _sorted, _prepare), strict=True))
+        works = {_SCAN: _bare, f"{_SCAN}, sorted": _sorted, "prepare-data": _prepare}
         runs = [{name: apart(name, work, root) for name, work in works.items()} for _ in range(_ROUNDS)]
         bare, ordered, ours = (sorted((run[name] for run in runs), key=_seconds)[_ROUNDS // 2] for name in works)
     ratio = {
