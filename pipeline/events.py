@@ -169,8 +169,8 @@ class _Column:
         self._parts: list[Future[pa.Array]] = []
 
     def add(self, texts: pl.Series) -> None:
-        for before in self._parts[-1:]:
-            before.result()  # at most two parts of texts at once
+        for before in self._parts[-2:-1]:
+            before.result()  # at most three parts of texts at once
         self._parts.append(self._thread.submit(_encoded, self._vocabulary, texts))
 
     def build(self, given: pl.Series | None) -> Future[tuple[pa.Array, pl.Series]]:

@@ -1,7 +1,7 @@
 """Files as they come to clean tables: what is taken, what is quarantined, what is filtered (DESIGN 4).
 
-Memory: two parts of a file at a time, 20 bytes an event (``pipeline.events``), and the ids with at most 48 bytes each
-to find them by. The catalog's texts and the rejected rows lie in a temporary folder (TMPDIR) and are mapped.
+Memory: some parts of a file at a time, 20 bytes an event (``pipeline.events``), and the ids, each with at most 48
+bytes to find it by. The catalog's texts and the rejected rows lie in a temporary folder (TMPDIR) and are mapped.
 """
 
 from __future__ import annotations

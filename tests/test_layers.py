@@ -42,6 +42,7 @@ KEEPERS = {
         "pipeline/matrix.py",
         "pipeline/profile.py",
         "pipeline/readers.py",
+        "pipeline/vocabulary.py",
     },
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -166,6 +166,15 @@ def test_wrong_types_are_named(prepare, events, message):
         prepare(events=events, kind="parquet")
 
 
+def test_of_two_unusable_tables_the_catalog_is_named(prepare):
+    wrong = EVENTS | {"timestamp": ["x", "y", "z"]}
+    for _ in range(5):  # whichever is read first
+        with pytest.raises(DataError, match=r"items\.csv: columns \['item_id'\] are missing"):
+            prepare({"item": ["a"]}, wrong)
+    with pytest.raises(DataError, match=r"interactions\.csv: 3 of 3 rows rejected"):
+        prepare(events=wrong)
+
+
 def test_missing_damaged_and_foreign_files_are_named(tmp_path):
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,a,1\n")
 
