@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,6 @@ def make(root: Path) -> None:
     _write(root / "interactions.csv.gz", events())
 
 
-def _seconds(row: dict[str, Any]) -> float:
-    return float(row["seconds"])
-
-
 def _timed(work: Any) -> dict[str, Any]:
     started, cpu = time.perf_counter(), time.process_time()
     work()
@@ -113,7 +110,8 @@ def run(config: str, sets: list[str]) -> dict[str, Any]:
         apart("make", make, root)
         works = {_SCAN: _bare, f"{_SCAN}, sorted": _sorted, "prepare-data": _prepare}
         runs = [{name: apart(name, work, root) for name, work in works.items()} for _ in range(_ROUNDS)]
-        bare, ordered, ours = (sorted((run[name] for run in runs), key=_seconds)[_ROUNDS // 2] for name in works)
+        by_time = [sorted((run[name] for run in runs), key=itemgetter("seconds")) for name in works]
+        bare, ordered, ours = (rows[_ROUNDS // 2] for rows in by_time)
     ratio = {
         "ingest_over_polars_scan": round(ours["rows_per_second"] / bare["rows_per_second"], 2),
         "ingest_over_polars_scan_and_sort": round(ours["rows_per_second"] / ordered["rows_per_second"], 2),

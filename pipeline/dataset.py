@@ -106,8 +106,9 @@ def write_dataset(
             return existing[-1], True
         profile = pool.submit(describe)
         record_name = record_id(created_at, hash_texts(name, *files).hex())
-        with store.new(Dataset, record_name) as folder:
-            catalog = pool.submit(_write_items, folder / "items.parquet", clean.items)
+        # the writer ends before the folder goes, should the block fail
+        with store.new(Dataset, record_name) as folder, ThreadPoolExecutor(1) as writer:
+            catalog = writer.submit(_write_items, folder / "items.parquet", clean.items)
             _write_events(folder / _EVENTS, clean.events)
             rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")
             pq.write_table(rejected, folder / "quarantine.parquet")

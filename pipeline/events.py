@@ -273,9 +273,10 @@ def _sorted_with_places(numbers: NDArray[np.int64], bits: int) -> NDArray[np.int
 def _hashes(rows: pl.DataFrame, names: dict[str, pa.Array]) -> list[pl.Series]:
     """``tie_hashes`` of each row as two numbers that sort as its 16 bytes do."""
     halves = [np.zeros((0, 2), dtype=np.uint64)]
-    texts = [(column, pl.Series(names[column], dtype=pl.String)) for column in (tables.USER_ID, tables.ITEM_ID)]
     for part in rows.iter_slices(SLICE):
-        users, items = (spelled.gather(part[column]).to_list() for column, spelled in texts)
+        users, items = (
+            names[column].take(part[column].to_arrow()).to_pylist() for column in (tables.USER_ID, tables.ITEM_ID)
+        )
         hashes = b"".join(tie_hashes(users, items))
         halves.append(np.frombuffer(hashes, dtype=">u8").astype(np.uint64).reshape(-1, 2))
     joined = np.concatenate(halves)

@@ -219,8 +219,7 @@ def ingest(config: DataConfig, previous: Path | None = None, forgotten: Forgotte
         wanted = gone
         if previous is not None and len(gone):
             wanted = gone.filter(gone.is_in(pl.Series(events.names[tables.ITEM_ID], dtype=pl.String).implode()))
-        if previous is not None and len(wanted):
-            items = carry(items, previous, wanted)
+            items = carry(items, previous, wanted) if len(wanted) else items
         rejected = [intake.saved("rejected", QUARANTINE).sort(tables.FILE, tables.ROW) for intake in intakes.values()]
         return CleanTables(
             items=items,

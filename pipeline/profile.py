@@ -89,11 +89,12 @@ def describe_items(
     if cells:
         text = items.select(pl.concat_str(cells, separator=", ", ignore_nulls=True)).to_series().str.strip_chars()
     given = text.filter(text != "")
-    hashes, several = np.unique(given.hash().to_numpy(), return_counts=True)
+    hashed = given.hash()
+    hashes, several = np.unique(hashed.to_numpy(), return_counts=True)
     again, top = several > 1, {}
     if again.any():
         most = pl.Series(hashes[again][np.argsort(-several[again], kind="stable")[:_TOP]])
-        heads = given.filter(given.hash().is_in(most.implode()))
+        heads = given.filter(hashed.is_in(most.implode()))
         counts = heads.value_counts().sort(["count", heads.name], descending=[True, False])
         top = {value[:80]: int(count) for value, count in counts.iter_rows()}
     found = {
