@@ -124,8 +124,8 @@ bench-gpu: $(STAMP) ## both towers of a 1B shape on one GPU: tokens/s and MFU, a
 bench-scale: $(STAMP) ## bytes and hours of 10M and 100M items, 100M users on 1, 8, 64 GPUs (ARGS="--set bench.rates.embed_tokens=...")
 	@$(HLLM) bench scale --config $(CONFIG) $(ARGS)
 
-test: $(STAMP) ## the fast tests
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+test: $(STAMP) ## the fast tests, several at once (ARGS="-n0 -k NAME": some, in one process)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-all: $(STAMP) ## every test that this machine can run
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),demo,test,peers]' >&2
