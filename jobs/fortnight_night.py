@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.digests import file_digest
 from pipeline.embeddings import read_keys
 from pipeline.release import OpenRelease, find_parts, open_release
 from pipeline.store import Store
 from schemas.errors import NotFoundError
-from schemas.hashing import file_digest
 from schemas.records import Release
 
 ROOT = Path(__file__).resolve().parent.parent

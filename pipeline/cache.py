@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.catalog import CatalogScan
+from pipeline.digests import block_digest
 from pipeline.embeddings import decode_keys, encode_keys, read_keys
 from pipeline.files import UNREADABLE, naming, next_created_at, record_id, write_record
 from pipeline.gates import GateConfig, check_collapse
@@ -247,10 +248,14 @@ def _open(store: Store, record: Snapshot) -> ItemMatrix:
     if vectors is None:
         found, vectors = build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=False)
         if found != record.vectors_digest:
-            store.matrix_file(found).unlink(missing_ok=True)
-            build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=True)  # names the file
-            raise StoreError(
-                f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings.folder}"
-            )
+            built = store.matrix_file(found)
+            if block_digest(vectors, record.vectors_digest) != record.vectors_digest:
+                built.unlink(missing_ok=True)
+                build_matrix(store, record.fingerprint, keys, record.dtype, record.dim, check=True)  # names the file
+                raise StoreError(
+                    f"{store.folder(record)}: vectors do not match their digest; restore {store.embeddings.folder}"
+                )
+            with suppress(FileNotFoundError):  # another reader of the same snapshot was first
+                built.replace(store.matrix_file(record.vectors_digest))
     available = items.column(tables.AVAILABLE).to_numpy()
     return ItemMatrix(record, items.column(tables.ITEM_ID).combine_chunks(), vectors, keys, available)

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 import polars as pl
 
 from pipeline.delimited import Delimited, read_delimited
+from pipeline.digests import file_digest
 from pipeline.readers import ROW, Part, read_jsonl, read_parquet
 from schemas import tables
 from schemas.errors import DataError
-from schemas.hashing import file_digest
 
 Format = Literal["table", "hllm-csv", "recbole", "amazon-2018", "amazon-2023", "microlens", "mind"]
 Kind = Literal["items", "interactions"]

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.ann import Exact, IndexConfig, Searcher, load, make, require_finite, resolve_kind, save
+from pipeline.digests import block_digest
 from pipeline.effort import choose_effort, chooses, intersection
 from pipeline.files import UNREADABLE, next_created_at, record_id, write_file, write_record
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import ConfigError, StoreError
-from schemas.hashing import Digest, block_digest, hash_texts
+from schemas.hashing import Digest, hash_texts
 from schemas.records import Index
 
 __all__ = ["IndexConfig", "OpenIndex", "Retrieved", "ann_report", "build_index", "open_index", "read_blocklist"]
@@ -232,11 +233,13 @@ def build_index(
     return record, False
 
 
-def _checksum(path: Path, item_ids: list[str]) -> str:
-    """Of the file, mapped and hashed on all cores, and of the ids."""
+def _checksum(path: Path, item_ids: list[str], like: str = "") -> str:
+    """Of the file, mapped and hashed on all cores, and of the ids; 96 hexadecimal characters. like: one to compare
+    with; those of 32 characters were made until December 2026."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with the last view of it
-    return hash_texts(block_digest(np.frombuffer(mapped, np.uint8)), *item_ids).hex()
+    digest = block_digest(np.frombuffer(mapped, np.uint8), like)
+    return hash_texts(digest, *item_ids).hex() if len(digest) == len(like) else digest + hash_texts(*item_ids).hex()
 
 
 def _versions(folder: Path) -> tuple[str, bool]:
@@ -254,7 +257,7 @@ def _require_checksum(store: Store, record: Index, folder: Path, item_ids: list[
     marker = store.matrices / f"{record.checksum}.checked"
     if marker.is_file() and marker.read_text("utf-8", "replace") == version:
         return
-    if _checksum(folder / "index.faiss", item_ids) != record.checksum:
+    if _checksum(folder / "index.faiss", item_ids, record.checksum) != record.checksum:
         raise StoreError(f"index {folder} does not match its checksum; remove it and run build-index again")
     if settled:
         with suppress(OSError):  # a disk that is full or read-only: hashed again next time

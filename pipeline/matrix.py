@@ -20,12 +20,12 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.digests import BLOCK_BYTES, block_digest, hash_block, join_blocks
 from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_column, read_file, read_keys
 from pipeline.files import naming
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import EmbeddingError, StoreError
-from schemas.hashing import BLOCK_BYTES, block_digest, hash_block, join_blocks
 from schemas.records import Snapshot
 
 _RUN = 16  # rows from which a run is worth a call
@@ -76,7 +76,7 @@ def load_matrix(path: Path, dtype: str, shape: tuple[int, int], digest: str) -> 
         vectors = map_matrix(path, dtype, shape)
     except (OSError, ValueError):
         return None
-    return vectors if block_digest(vectors) == digest else None
+    return vectors if block_digest(vectors, digest) == digest else None
 
 
 def build_matrix(

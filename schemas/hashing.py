@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 DIGEST_BYTES = 16
-BLOCK_BYTES = 1 << 23
 
 
 def _prefixed(parts: Iterable[bytes]) -> bytes:
@@ -35,10 +32,13 @@ def tie_hashes(users: Sequence[str], items: Sequence[str]) -> list[bytes]:
 
 
 class Digest:
-    """A running BLAKE2b-128 over length-prefixed parts, for tensors too large to join."""
+    """A running BLAKE2b-128 over length-prefixed parts, for tensors too large to join.
 
-    def __init__(self) -> None:
-        self._state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    state: another hash of the kind of hashlib's; 16 bytes of it are taken.
+    """
+
+    def __init__(self, state: Any = None) -> None:
+        self._state = state or hashlib.blake2b(digest_size=DIGEST_BYTES)
 
     def add(self, part: bytes | memoryview | str) -> Digest:
         """Add one part (bytes, a buffer, or text as UTF-8); returns itself."""
@@ -49,32 +49,5 @@ class Digest:
 
     def hexdigest(self) -> str:
         """32 hexadecimal characters."""
-        return self._state.hexdigest()
-
-
-def block_digest(array: Any) -> str:
-    """BLAKE2b-128 over the BLAKE2b-128 of each 8 MiB of a contiguous array; 32 hexadecimal characters.
-
-    As safe as one hash over all of it, and as fast as there are cores.
-    """
-    data = memoryview(array).cast("B") if array.size else memoryview(b"")
-    blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
-    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
-        digests = list(pool.map(hash_block, blocks))
-    return join_blocks(len(data), digests)
-
-
-def hash_block(block: bytes | memoryview) -> bytes:
-    """BLAKE2b-128 of one block of ``block_digest``; 16 bytes."""
-    return hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest()
-
-
-def join_blocks(length: int, digests: Sequence[bytes]) -> str:
-    """``block_digest`` of ``length`` bytes from the ``hash_block`` of each 8 MiB of them, in order."""
-    return hash_bytes(length.to_bytes(8, "little"), *digests).hex()
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE2b-128 of a file's bytes; 32 hexadecimal characters."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
+        digest: bytes = self._state.digest()
+        return digest[:DIGEST_BYTES].hex()

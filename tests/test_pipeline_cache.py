@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import embeddings, matrix
+from pipeline import digests, embeddings, matrix
 from pipeline.cache import (
     create_snapshot,
     open_snapshot,
@@ -21,9 +21,10 @@ from pipeline.cache import (
 )
 from pipeline.catalog import CatalogScan
 from pipeline.embeddings import stamped
+from pipeline.files import write_record
 from pipeline.gates import GateConfig
 from pipeline.store import Store
-from schemas import hashing, tables
+from schemas import tables
 from schemas.errors import EmbeddingError, FingerprintMismatchError, GateError, StoreError
 from schemas.records import STORE_FORMAT, Snapshot
 
@@ -116,9 +117,21 @@ def test_the_second_opening_reads_no_table_and_a_damaged_local_file_is_built_aga
     assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
 
 
+def test_a_snapshot_whose_digest_is_of_the_kind_before_opens(store):
+    store.embeddings.commit(TOWER, [write(store, VECTORS)])
+    record = publish(store)
+    vectors = open_snapshot(store, record).vectors
+    old = record.model_copy(update={"vectors_digest": digests.block_digest(vectors, "0" * 32)})
+    write_record(store.folder(record), old)
+    shutil.rmtree(store.matrices)
+    for _ in range(2):  # built from the table, then mapped
+        assert open_snapshot(store, old).vectors.tolist() == vectors.tolist()
+        assert [path.stem for path in store.matrices.iterdir()] == [old.vectors_digest]
+
+
 @pytest.mark.parametrize("block", [3, 10, 64, 1 << 20])
 def test_blocks_are_hashed_as_they_fill_in_whatever_order(store, monkeypatch, block):
-    monkeypatch.setattr(hashing, "BLOCK_BYTES", block)
+    monkeypatch.setattr(digests, "BLOCK_BYTES", block)
     monkeypatch.setattr(matrix, "BLOCK_BYTES", block)
     rng = np.random.default_rng(block)
     keys = [bytes(rng.integers(0, 256, 16, dtype=np.uint8)) for _ in range(200)]

@@ -12,9 +12,11 @@ from pipeline import ann, hits
 from pipeline import index as index_module
 from pipeline.ann import GPU_CAP, IndexConfig, Searcher, exact_top_k, lists, make, resolve_kind
 from pipeline.cleanup import RetentionConfig, clean
+from pipeline.digests import block_digest
 from pipeline.index import ann_report, build_index, open_index, read_blocklist
 from pipeline.store import Store
 from schemas.errors import ConfigError, DataError, StoreError
+from schemas.hashing import hash_texts
 
 _CHECKSUM = index_module._checksum
 
@@ -126,6 +128,17 @@ def test_a_damaged_file_is_refused(tmp_path, kind, damage):
     path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b""}[damage])
     with pytest.raises(StoreError, match="run build-index again"):
         open_index(Store(tmp_path), index.record)
+
+
+def test_an_index_whose_checksum_is_of_the_kind_before_opens(tmp_path):
+    index, store = opened(tmp_path, unit(50)), Store(tmp_path)
+    path = store.folder(index.record) / "index.faiss"
+    digest = block_digest(np.fromfile(path, dtype=np.uint8), "0" * 32)
+    old = index.record.model_copy(update={"checksum": hash_texts(digest, *index.item_ids).hex()})
+    assert open_index(store, old).item_ids == index.item_ids
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        open_index(store, old)
 
 
 def test_a_version_of_the_files_is_hashed_once_and_a_later_write_is_seen(tmp_path, monkeypatch):
