@@ -100,7 +100,9 @@ def as_flag(column: pl.Series, path: Path) -> pl.Series:
     dtype = column.dtype
     if dtype == pl.Boolean:
         return column.fill_null(True)
-    if not (dtype.is_integer() or dtype in (pl.String, pl.Null)):
+    if dtype == pl.Null:
+        return pl.Series(column.name, [True]).new_from_index(0, len(column))
+    if not (dtype.is_integer() or dtype == pl.String):
         raise DataError(f"{path}: column {tables.AVAILABLE!r} is {dtype}, expected true and false")
     words = column.cast(pl.String).str.strip_chars().str.to_lowercase()
     return words.fill_null("").replace_strict(FLAGS, default=None, return_dtype=pl.Boolean)

@@ -96,7 +96,7 @@ def write_dataset(
     found: dict[str, Any] = {
         "name": name,
         "items": clean.items.height,
-        "users": clean.events.count(tables.USER_ID),
+        "users": len(clean.events.names[tables.USER_ID]),
         "interactions": len(clean.events),
         "watermark": int(clean.events.rows[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
     }
@@ -252,7 +252,7 @@ def without_users(store: Store, record: Dataset, forgotten: ForgottenUsers) -> R
             # the version alone may be the same: where only a rejected row goes
             "id": record_id(record.created_at, hash_texts(digest, record.id).hex()),
             "digest": digest,
-            "users": events.count(tables.USER_ID),
+            "users": len(events.names[tables.USER_ID]),
             "interactions": len(events),
             "quarantined": kept.num_rows,
             "filtered": filtered,

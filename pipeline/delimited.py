@@ -21,7 +21,7 @@ from pipeline.readers import ROW, Part, Rejected, ahead, as_text, check_encoding
 from schemas.errors import DataError
 
 BLOCK = 16 << 20  # bytes that pyarrow parses at once; a row must fit into two of them
-_READ = 16 << 20  # bytes whose lines are parsed at once
+_READ = 8 << 20  # bytes whose lines are parsed at once
 _CACHED = 1 << 20  # bytes counted at once: what lies in a processor's cache
 
 

@@ -35,7 +35,8 @@ _SCHEMA = {
 class Events:
     """rows: one an event, ids and event types as places in ``names``; a column that nothing fills is of type Null.
 
-    names: column -> its distinct values, sorted as UTF-8, behind those that ``EventBuilder.build`` was given.
+    names: column -> its distinct values, sorted as UTF-8; where ``EventBuilder.build_with`` made them, items that it
+    was given before all others.
     """
 
     rows: pl.DataFrame
@@ -47,10 +48,6 @@ class Events:
     def where(self, keep: pl.Series | NDArray[np.bool_]) -> Events:
         """The events of a mask, in their order."""
         return self if keep.all() else replace(self, rows=self.rows.filter(pl.Series(keep)))
-
-    def count(self, column: str) -> int:
-        """Distinct ids of a column that an event has."""
-        return int(np.count_nonzero(self.counts(column)))
 
     def counts(self, column: str) -> NDArray[np.int64]:
         """Events of each of ``names[column]``."""
@@ -114,8 +111,7 @@ class Events:
             if values.null_count() == len(values):
                 digest.add(f"no {column}")
                 continue
-            missing = values.is_null().to_numpy().astype(np.uint8)
-            digest.add(missing.data if missing.any() else b"")
+            digest.add(values.is_null().to_numpy().astype(np.uint8).data if values.null_count() else b"")
             digest.add(np.ascontiguousarray(values.cast(dtype).fill_null(0).to_numpy()).data)
 
 
@@ -143,10 +139,13 @@ class EventBuilder:
             taken.add(part[column].cast(pl.String))
         self._plain.append(part.select(tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL))
 
-    def build(self, items: pl.Series | None = None) -> Events:
-        """All events so far, in the order in which they came, duplicates included.
+    def build(self) -> Events:
+        """All events so far, in the order in which they came, duplicates included."""
+        return self.build_with(pl.Series([], dtype=pl.String))[0]
 
-        items: distinct ids whose places become their codes, whether or not an event has them.
+    def build_with(self, items: pl.Series) -> tuple[Events, int]:
+        """As ``build``; and how many of ``items``, which are distinct and sorted, an event has: their codes are the
+        first ones.
         """
         coming = {
             name: taken.build(items if name == tables.ITEM_ID else None) for name, taken in self._columns.items()
@@ -156,9 +155,18 @@ class EventBuilder:
         rows = rows.with_columns(pl.col(tables.TIMESTAMP).cast(pl.Int64)).rechunk()
         self._plain, self._columns = [], {}
         found = {name: built.result() for name, built in coming.items()}
-        columns = [codes.rechunk().alias(name) for name, (_, codes) in found.items()]
+        columns = [built.codes.rechunk().alias(name) for name, built in found.items()]
         rows = rows.with_columns(columns).select(list(_SCHEMA))
-        return Events(rows, {name: names for name, (names, _) in found.items()})
+        return Events(rows, {name: built.names for name, built in found.items()}), found[tables.ITEM_ID].known
+
+
+class _Named(NamedTuple):
+    """names: the distinct texts, the given ones that are among them before the others, each sorted; codes: in these,
+    Null where all are missing; known: of the names, those that were given."""
+
+    names: pa.Array
+    codes: pl.Series
+    known: int
 
 
 class _Column:
@@ -173,8 +181,8 @@ class _Column:
             before.result()  # at most three parts of texts at once
         self._parts.append(self._thread.submit(_encoded, self._vocabulary, texts))
 
-    def build(self, given: pl.Series | None) -> Future[tuple[pa.Array, pl.Series]]:
-        """As ``_named``, of all parts."""
+    def build(self, given: pl.Series | None) -> Future[_Named]:
+        """Of all parts."""
         built = self._thread.submit(lambda: _named(self._vocabulary, [part.result() for part in self._parts], given))
         self._thread.shutdown(wait=False)
         return built
@@ -189,28 +197,35 @@ def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
     return pa.array(codes, mask=~given)
 
 
-def _named(vocabulary: Vocabulary, parts: list[pa.Array], given: pl.Series | None) -> tuple[pa.Array, pl.Series]:
-    """The distinct texts, ``given`` and then the others sorted; and the codes in them, Null when all of them are."""
+def _named(vocabulary: Vocabulary, parts: list[pa.Array], given: pl.Series | None) -> _Named:
+    seen = len(vocabulary)
+    other, known = np.ones(seen, dtype=bool), np.zeros(0, dtype=np.int32)
     first = pl.Series([], dtype=pl.String) if given is None else given
-    known = vocabulary.encode(first)
-    other = np.ones(len(vocabulary), dtype=bool)
+    if len(first):
+        found = vocabulary.encode(first)
+        known, first = found[found < seen], first.filter(pl.Series(found < seen))
     other[known] = False
-    others = vocabulary.texts.filter(pl.Series(other)).sort()
-    rank = np.empty(len(other), dtype=np.int32)
+    others = vocabulary.texts[:seen].filter(pl.Series(other)).sort()
+    rank = np.empty(seen, dtype=np.int32)
     rank[known] = np.arange(len(known), dtype=np.int32)
-    rank[vocabulary.encode(others)] = np.arange(len(known), len(rank), dtype=np.int32)
-    named = pl.concat([first, others]).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+    rank[vocabulary.encode(others)] = np.arange(len(known), seen, dtype=np.int32)
+    names = pl.concat([first, others]).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+    return _Named(names, _ranked(rank, parts), len(known))
+
+
+def _ranked(rank: NDArray[np.int32], parts: list[pa.Array]) -> pl.Series:
+    """The rank of each code of the parts."""
     rows, missing = sum(map(len, parts)), sum(part.null_count for part in parts)
     if missing == rows:
-        return named, pl.Series([None], dtype=pl.Null).new_from_index(0, rows)
+        return pl.Series([None], dtype=pl.Null).new_from_index(0, rows)
     if missing:
         ranks = pa.array(rank)
-        return named, pl.concat([pl.Series(ranks.take(part), dtype=pl.Int32) for part in parts])
+        return pl.concat([pl.Series(ranks.take(part), dtype=pl.Int32) for part in parts])
     codes, start = np.empty(rows, dtype=np.int32), 0
     for part in parts:
         rank.take(part, out=codes[start : start + len(part)], mode="clip")
         start += len(part)
-    return named, pl.Series(codes)
+    return pl.Series(codes)
 
 
 class _Sorted(NamedTuple):
@@ -296,17 +311,16 @@ def order_events(events: Events) -> tuple[Events, int]:
     some = users.gather_every(1 + len(users) // 10_000).sort()
     bounds = sorted({int(some[len(some) * place // threads]) for place in range(1, threads)})
     ranges = zip([0, *bounds], [*bounds, len(events.names[tables.USER_ID])], strict=True)
+    # one after the other, each by all threads, so that all begin to order at one time
+    parts = [events.rows.filter(pl.col(tables.USER_ID).is_between(*ends, closed="left")) for ends in ranges]
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda ends: _ordered(events, *ends), ranges))
+        parts = list(pool.map(lambda part: _ordered(part, events.names), parts))
     rows = pl.concat(parts, rechunk=True)
     return replace(events, rows=rows), len(events) - rows.height
 
 
-def _ordered(events: Events, low: int, high: int) -> pl.DataFrame:
-    """Rows of the users from ``low`` to before ``high`` in their order, without copies."""
-    rows = events.rows
-    if high - low < len(events.names[tables.USER_ID]):
-        rows = rows.filter(pl.col(tables.USER_ID).is_between(low, high, closed="left"))
+def _ordered(rows: pl.DataFrame, names: dict[str, pa.Array]) -> pl.DataFrame:
+    """Rows of some users in their order, without copies."""
     if rows.is_empty():
         return rows
     keys = [tables.USER_ID, tables.TIMESTAMP]
@@ -318,7 +332,7 @@ def _ordered(events: Events, low: int, high: int) -> pl.DataFrame:
     if len(places):
         tied = rows[order[places]]
         within = [*keys, "__high", "__low", tables.EVENT, tables.LABEL]
-        tied = tied.with_columns(_hashes(tied, events.names)).with_row_index("__place").sort(within, nulls_last=True)
+        tied = tied.with_columns(_hashes(tied, names)).with_row_index("__place").sort(within, nulls_last=True)
         order[places] = order[places][tied["__place"].to_numpy()]
         every: list[Any] = [
             pl.col(name).eq_missing(pl.col(name).shift()) for name in _SCHEMA if tied[name].dtype != pl.Null

@@ -28,7 +28,8 @@ from schemas.errors import DataError
 
 @dataclass(frozen=True)
 class CleanTables:
-    """items sorted by id; events in the order of ``order_events``; the counts add up to ``rows_in``.
+    """items sorted by id; events in the order of ``order_events``, an event for each of their names; the counts add
+    up to ``rows_in``.
 
     carried: items of the data set before that left the catalog and that an event names, in ``items``, unavailable;
     removed: those that no event names.
@@ -116,8 +117,8 @@ def _number(raw: pl.DataFrame, name: str, dtype: pl.DataType, path: Path) -> tup
     return number.alias(name), wrong
 
 
-def _read_events(config: DataConfig, given: Delivery, intake: Intake, items: Future[_Catalog]) -> Events:
-    """All usable events of the files, filters by row applied; known items have the codes of their places."""
+def _read_events(config: DataConfig, given: Delivery, intake: Intake, items: Future[_Catalog]) -> tuple[Events, int]:
+    """All usable events of the files, filters by row applied; and how many known items they have (``build_with``)."""
     builder, filters = EventBuilder(), event_filter(config.filters)
     for path in given.files:
         first = True
@@ -132,7 +133,7 @@ def _read_events(config: DataConfig, given: Delivery, intake: Intake, items: Fut
                 first = False
             builder.add(apply(clean, filters, intake.filtered))
     intake.check_share()
-    return builder.build(items.result().known)
+    return builder.build_with(items.result().known)
 
 
 def _alike(ids: pl.Series) -> pl.Series:
@@ -140,15 +141,17 @@ def _alike(ids: pl.Series) -> pl.Series:
     return ids.str.replace(r"\.0+$", "").str.replace(r"^0+(\d)", "$1")
 
 
-def _check_unknown(events: Events, known: pl.Series, config: DataConfig) -> pl.Series:
-    """Which events name a known item. Raises DataError when that is none, or by policy when it is not all."""
-    mask = events.rows[tables.ITEM_ID] < len(known)
+def _check_unknown(events: Events, first: int, known: pl.Series, config: DataConfig) -> pl.Series:
+    """Which events name a known item, one of the ``first`` names. Raises DataError when that is none, or by policy
+    when it is not all.
+    """
+    mask = events.rows[tables.ITEM_ID] < first
     unknown = len(events) - int(mask.sum())
     if not unknown:
         return mask
-    lost = pl.Series(events.names[tables.ITEM_ID][len(known) :], dtype=pl.String)
+    lost = pl.Series(events.names[tables.ITEM_ID][first:], dtype=pl.String)
     spelled = lost.filter(_alike(lost).is_in(_alike(known).implode()))
-    events_of = pl.Series(events.counts(tables.ITEM_ID)[len(known) :]).filter(lost.is_in(spelled.implode())).sum()
+    events_of = pl.Series(events.counts(tables.ITEM_ID)[first:]).filter(lost.is_in(spelled.implode())).sum()
     if events_of > config.reject_share * len(events):
         raise DataError(
             f"{config.interactions}: {events_of} interactions have items such as {spelled[0]!r}, spelled otherwise "
@@ -167,13 +170,13 @@ def _check_unknown(events: Events, known: pl.Series, config: DataConfig) -> pl.S
 def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, catalog: Future[_Catalog]) -> Events:
     """Events with a known item, ordered, without copies, filtered. Raises DataError, that of the catalog first."""
     try:
-        events = _read_events(config, given, intake, catalog)
+        events, first = _read_events(config, given, intake, catalog)
     except DataError:
         catalog.result()
         raise
     if not len(events):
         raise DataError(f"{config.interactions}: none of its {intake.rows_in} rows is left ({intake.filtered})")
-    counts = intake.filtered
+    counts, came = intake.filtered, len(events)
 
     def left(name: str, kept: Events) -> Events:
         counts[name] = counts.get(name, 0) + len(events) - len(kept)
@@ -182,7 +185,7 @@ def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, cata
     if intake.forgotten:
         gone = intake.forgotten.mask(events.names[tables.USER_ID].to_pylist())
         events = left(FILTER, events.where(~gone[events.rows[tables.USER_ID].to_numpy()]))
-    events = left("unknown items", events.where(_check_unknown(events, catalog.result().known, config)))
+    events = left("unknown items", events.where(_check_unknown(events, first, catalog.result().known, config)))
     events = left("interaction copies", order_events(events)[0])
     if config.filters.first_only:
         events = left("repeats", first_events(events))
@@ -191,7 +194,8 @@ def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, cata
     if not len(events):
         raise DataError(f"{config.interactions}: the filters leave none of its {intake.rows_in} rows ({counts})")
     intake.check_sum(len(events))
-    return events.compact()
+    # a name can only be lost with an event that is no copy
+    return events if len(events) + counts["interaction copies"] == came else events.compact()
 
 
 def ingest(config: DataConfig, previous: Path | None = None, forgotten: ForgottenUsers | None = None) -> CleanTables:

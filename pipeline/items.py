@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from pipeline.columns import as_flag, as_id, as_milliseconds, as_text
@@ -55,7 +56,8 @@ def _newest(rows: pl.DataFrame, given: Delivery, intake: Intake) -> pl.DataFrame
     Older rows and copies are filtered; another text in the same file at the same time is rejected.
     """
     intake.filtered |= {"older item rows": 0, "item copies": 0}
-    if rows[tables.ITEM_ID].n_unique() == rows.height:
+    hashes = np.sort(rows[tables.ITEM_ID].hash().to_numpy())
+    if not (hashes[1:] == hashes[:-1]).any():  # several times as fast as telling the ids apart
         return rows
     again = rows.select(pl.col(tables.ITEM_ID).is_duplicated()).to_series()
     order = [name for name in (tables.UPDATED_AT, _FILE) if name in rows.columns]

@@ -54,13 +54,17 @@ def _repeats(users: NDArray[np.int32], items: NDArray[np.int32]) -> int:
 
 
 def describe_events(events: Events) -> dict[str, Any]:
-    """Counts, dates, and the shares of ties (consecutive events of a user at one time) and of repeated pairs."""
+    """Counts, dates, and the shares of ties (consecutive events of a user at one time) and of repeated pairs.
+
+    events: ordered, with an event for each of their names.
+    """
     rows = events.rows
     users, times = rows[tables.USER_ID].to_numpy(), rows[tables.TIMESTAMP].to_numpy()
     same_user = users[1:] == users[:-1]
     ties = int((same_user & (times[1:] == times[:-1])).sum())
     repeats = _repeats(users, rows[tables.ITEM_ID].to_numpy())
-    by_user, by_item = events.counts(tables.USER_ID), events.counts(tables.ITEM_ID)
+    starts = np.flatnonzero(np.concatenate([[True], ~same_user, [True]]))
+    by_user, by_item = np.diff(starts), events.counts(tables.ITEM_ID)
     most = np.argsort(-by_item, kind="stable")[:_TOP]
     return {
         "interactions": len(events),
