@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.digests import BLOCK_BYTES, block_digest, hash_block, join_blocks
 from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_column, read_file, read_keys
-from pipeline.files import naming
+from pipeline.files import PIECE, naming
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import EmbeddingError, StoreError
@@ -183,7 +183,7 @@ class _Output:
 
     def _put(self, data: memoryview, at: int) -> None:
         while data:
-            written = os.pwrite(self._file, data, at)
+            written = os.pwrite(self._file, data[:PIECE], at)
             data, at = data[written:], at + written
 
     def _count(self, rows: NDArray[np.int64]) -> None:

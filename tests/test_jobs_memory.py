@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from jobs.memory import _ARROW, _POLARS
+
 SIZE = 20 << 20
 CODE = f"""
 import ctypes, resource
@@ -35,3 +37,17 @@ def test_a_block_that_was_given_back_costs_no_page_faults_again(own, kept):
     faults = int(subprocess.run(command, env=plain | own, capture_output=True, text=True, check=True).stdout)
     pages = SIZE // os.sysconf("SC_PAGE_SIZE")
     assert faults < pages / 100 if kept else faults > pages / 2
+
+
+@pytest.mark.parametrize("own", [{}, {"ARROW_DEFAULT_MEMORY_POOL": "system", "_RJEM_MALLOC_CONF": "narenas:3"}])
+def test_the_heaps_of_polars_and_arrow_are_chosen_unless_the_user_did(own):
+    code = (
+        "import os; from jobs.memory import keep_pages; keep_pages()\n"
+        "import pyarrow; print(pyarrow.default_memory_pool().backend_name, os.environ['_RJEM_MALLOC_CONF'])"
+    )
+    plain = {name: value for name, value in os.environ.items() if name not in (_ARROW, _POLARS)}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=plain | own, capture_output=True, text=True, check=True).stdout.split()
+    assert found == (
+        ["system", "narenas:3"] if own else ["jemalloc", f"narenas:{os.cpu_count()},oversize_threshold:0"]
+    )
