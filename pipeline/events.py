@@ -311,8 +311,9 @@ def order_events(events: Events) -> tuple[Events, int]:
     some = users.gather_every(1 + len(users) // 10_000).sort()
     bounds = sorted({int(some[len(some) * place // threads]) for place in range(1, threads)})
     ranges = zip([0, *bounds], [*bounds, len(events.names[tables.USER_ID])], strict=True)
-    # one after the other, each by all threads, so that all begin to order at one time
-    parts = [events.rows.filter(pl.col(tables.USER_ID).is_between(*ends, closed="left")) for ends in ranges]
+    parts = [events.rows]
+    if bounds:  # one range after the other, each by all threads, so that all begin to order at one time
+        parts = [events.rows.filter(pl.col(tables.USER_ID).is_between(*ends, closed="left")) for ends in ranges]
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(lambda part: _ordered(part, events.names), parts))
     rows = pl.concat(parts, rechunk=True)
