@@ -15,10 +15,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from blake3 import blake3
 
 from pipeline.catalog import SLICE_ROWS
 from pipeline.columns import as_milliseconds
+from pipeline.digests import new_digest
 from pipeline.events import EventBuilder, Events
 from pipeline.files import next_created_at, record_id, write_file, write_record
 from pipeline.forgotten import FILTER, ForgottenUsers
@@ -29,7 +29,7 @@ from pipeline.readers import ahead
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import ConfigError, DataError, StoreError
-from schemas.hashing import Digest, hash_texts
+from schemas.hashing import hash_texts
 from schemas.records import Dataset
 from user_tower.sequences import Histories
 
@@ -70,7 +70,7 @@ class OpenDataset:
 
 def data_digest(items: pl.DataFrame, events: Events) -> str:
     """The data version: a digest of both ordered tables, 32 hexadecimal characters."""
-    digest = Digest(blake3()).add(",".join(items.columns))
+    digest = new_digest().add(",".join(items.columns))
     for part in items.iter_slices(SLICE_ROWS):
         digest.add(part.write_ndjson())
     events.digest_into(digest)

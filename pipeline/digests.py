@@ -10,25 +10,34 @@ from typing import Any
 
 from blake3 import blake3
 
-from schemas.hashing import hash_bytes
+from schemas.hashing import DIGEST_BYTES, Digest, hash_bytes
 
 BLOCK_BYTES = 1 << 23
-_OLD = 32  # characters of a digest that BLAKE2b-128 made: those of all stores until December 2026
-_LENGTH_BYTES = 8
+
+
+def new_digest() -> Digest:
+    """A running digest as ``Digest``, of BLAKE3."""
+    return Digest(blake3())
+
+
+def is_old(digest: str) -> bool:
+    """Whether BLAKE2b-128 made it, as it made those of all stores until December 2026."""
+    return len(digest) == 2 * DIGEST_BYTES
 
 
 def block_digest(array: Any, like: str = "") -> str:
     """BLAKE3 over the BLAKE3 of each 8 MiB of a contiguous array; 64 hexadecimal characters.
 
-    As safe as one hash over all of it, and as fast as there are cores. like: a digest to compare with; one of 32
-    characters gets one of its kind, BLAKE2b-128 throughout.
+    As safe as one hash over all of it, and as fast as there are cores. like: a digest to compare with; an old
+    one gets one of its kind, BLAKE2b-128 throughout.
     """
     data = memoryview(array).cast("B") if array.size else memoryview(b"")
     blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
-    old = len(like) == _OLD
-    with ThreadPoolExecutor() as pool:  # both let other threads run meanwhile
-        digests = list(pool.map(_hash_old if old else hash_block, blocks))
-    return hash_bytes(_length(len(data)), *digests).hex() if old else join_blocks(len(data), digests)
+    with ThreadPoolExecutor() as pool:  # both hashes let other threads run meanwhile
+        digests = list(pool.map(_hash_old if is_old(like) else hash_block, blocks))
+    if is_old(like):
+        return hash_bytes(len(data).to_bytes(8, "little"), *digests).hex()
+    return join_blocks(len(data), digests)
 
 
 def hash_block(block: bytes | memoryview) -> bytes:
@@ -38,7 +47,7 @@ def hash_block(block: bytes | memoryview) -> bytes:
 
 def join_blocks(length: int, digests: Sequence[bytes]) -> str:
     """``block_digest`` of ``length`` bytes from the ``hash_block`` of each 8 MiB of them, in order."""
-    return blake3(_length(length) + b"".join(digests)).hexdigest()
+    return blake3(length.to_bytes(8, "little") + b"".join(digests)).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -48,8 +57,4 @@ def file_digest(path: Path) -> str:
 
 
 def _hash_old(block: memoryview) -> bytes:
-    return hashlib.blake2b(block, digest_size=_OLD // 2).digest()
-
-
-def _length(length: int) -> bytes:
-    return length.to_bytes(_LENGTH_BYTES, "little")
+    return hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest()

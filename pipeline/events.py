@@ -148,7 +148,7 @@ class EventBuilder:
         first ones.
         """
         coming = {
-            name: taken.build(items if name == tables.ITEM_ID else None) for name, taken in self._columns.items()
+            name: taken.build(items if name == tables.ITEM_ID else items[:0]) for name, taken in self._columns.items()
         }
         plain = {name: _SCHEMA[name] for name in (tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL)}
         rows = pl.concat([pl.DataFrame(schema=dict.fromkeys(plain, pl.Null)), *self._plain], how="vertical_relaxed")
@@ -181,7 +181,7 @@ class _Column:
             before.result()  # at most three parts of texts at once
         self._parts.append(self._thread.submit(_encoded, self._vocabulary, texts))
 
-    def build(self, given: pl.Series | None) -> Future[_Named]:
+    def build(self, given: pl.Series) -> Future[_Named]:
         """Of all parts."""
         built = self._thread.submit(lambda: _named(self._vocabulary, [part.result() for part in self._parts], given))
         self._thread.shutdown(wait=False)
@@ -197,13 +197,10 @@ def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
     return pa.array(codes, mask=~given)
 
 
-def _named(vocabulary: Vocabulary, parts: list[pa.Array], given: pl.Series | None) -> _Named:
-    seen = len(vocabulary)
-    other, known = np.ones(seen, dtype=bool), np.zeros(0, dtype=np.int32)
-    first = pl.Series([], dtype=pl.String) if given is None else given
-    if len(first):
-        found = vocabulary.encode(first)
-        known, first = found[found < seen], first.filter(pl.Series(found < seen))
+def _named(vocabulary: Vocabulary, parts: list[pa.Array], given: pl.Series) -> _Named:
+    seen, other = len(vocabulary), np.ones(len(vocabulary), dtype=bool)
+    found = vocabulary.encode(given)
+    known, first = found[found < seen], given.filter(pl.Series(found < seen))
     other[known] = False
     others = vocabulary.texts[:seen].filter(pl.Series(other)).sort()
     rank = np.empty(seen, dtype=np.int32)
@@ -311,9 +308,8 @@ def order_events(events: Events) -> tuple[Events, int]:
     some = users.gather_every(1 + len(users) // 10_000).sort()
     bounds = sorted({int(some[len(some) * place // threads]) for place in range(1, threads)})
     ranges = zip([0, *bounds], [*bounds, len(events.names[tables.USER_ID])], strict=True)
-    parts = [events.rows]
-    if bounds:  # one range after the other, each by all threads, so that all begin to order at one time
-        parts = [events.rows.filter(pl.col(tables.USER_ID).is_between(*ends, closed="left")) for ends in ranges]
+    by_range = (events.rows.filter(pl.col(tables.USER_ID).is_between(*ends, closed="left")) for ends in ranges)
+    parts = list(by_range) if bounds else [events.rows]  # by all threads, so that all begin to order at one time
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(lambda part: _ordered(part, events.names), parts))
     rows = pl.concat(parts, rechunk=True)

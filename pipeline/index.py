@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.ann import Exact, IndexConfig, Searcher, load, make, require_finite, resolve_kind, save
-from pipeline.digests import block_digest
+from pipeline.digests import block_digest, is_old
 from pipeline.effort import choose_effort, chooses, intersection
 from pipeline.files import UNREADABLE, next_created_at, record_id, write_file, write_record
 from pipeline.store import Store
@@ -235,11 +235,11 @@ def build_index(
 
 def _checksum(path: Path, item_ids: list[str], like: str = "") -> str:
     """Of the file, mapped and hashed on all cores, and of the ids; 96 hexadecimal characters. like: one to compare
-    with; those of 32 characters were made until December 2026."""
+    with, which may be old."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with the last view of it
     digest = block_digest(np.frombuffer(mapped, np.uint8), like)
-    return hash_texts(digest, *item_ids).hex() if len(digest) == len(like) else digest + hash_texts(*item_ids).hex()
+    return hash_texts(digest, *item_ids).hex() if is_old(like) else digest + hash_texts(*item_ids).hex()
 
 
 def _versions(folder: Path) -> tuple[str, bool]:
