@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,23 +122,18 @@ def _open(root: Path) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "mapped": isinstance(matrix.vectors, np.memmap)}
 
 
-def _measured(work: Callable[[Path], dict[str, Any] | None], root: Path, answers: Any) -> None:
+def _measured(work: Callable[[Path], dict[str, Any] | None], root: Path) -> dict[str, Any]:
     keep_pages()  # as every command does
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # the interpreter with its libraries
     found = work(root) or {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    answers.put(found | {"start_mib": start, "peak_mib": peak})
+    return found | {"start_mib": start, "peak_mib": peak}
 
 
 def apart(name: str, work: Callable[[Path], dict[str, Any] | None], root: Path) -> dict[str, Any]:
-    """The work in a fresh process, with its peak memory in MiB."""
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    process = spawn.Process(target=_measured, args=(work, root, answers))
-    process.start()
-    row = {"name": name} | answers.get()
-    process.join()
-    return row
+    """The work in a fresh process, with its peak memory in MiB. Raises what it raises."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return {"name": name} | process.submit(_measured, work, root).result()
 
 
 def run(config: str, sets: list[str]) -> dict[str, Any]:

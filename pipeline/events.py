@@ -5,7 +5,7 @@ Order and copies are decided here (DESIGN 4): by user, then (timestamp, sequence
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from schemas import tables
 from schemas.hashing import Digest, tie_hashes
 
 SLICE = 1_048_576  # events decoded at once
+_PIECE, _AT_ONCE = 1 << 18, 1 << 20  # events put to their ranges of users, and about as many as are ordered, at once
 _CODED = (tables.USER_ID, tables.ITEM_ID, tables.EVENT)
 _SCHEMA = {
     tables.USER_ID: pl.Int32,
@@ -29,6 +30,7 @@ _SCHEMA = {
     tables.EVENT: pl.Int32,
     tables.LABEL: pl.Float64,
 }
+_MAIN = {tables.USER_ID: np.int32, tables.ITEM_ID: np.int32, tables.TIMESTAMP: np.int64}  # never null
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,10 @@ class EventBuilder:
         }
         plain = {name: _SCHEMA[name] for name in (tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL)}
         rows = pl.concat([pl.DataFrame(schema=dict.fromkeys(plain, pl.Null)), *self._plain], how="vertical_relaxed")
-        rows = rows.with_columns(pl.col(tables.TIMESTAMP).cast(pl.Int64)).rechunk()
+        rows = rows.with_columns(pl.col(tables.TIMESTAMP).cast(pl.Int64))
         self._plain, self._columns = [], {}
         found = {name: built.result() for name, built in coming.items()}
-        columns = [built.codes.rechunk().alias(name) for name, built in found.items()]
+        columns = [built.codes.alias(name) for name, built in found.items()]
         rows = rows.with_columns(columns).select(list(_SCHEMA))
         return Events(rows, {name: built.names for name, built in found.items()}), found[tables.ITEM_ID].known
 
@@ -183,9 +185,15 @@ class _Column:
 
     def build(self, given: pl.Series) -> Future[_Named]:
         """Of all parts."""
-        built = self._thread.submit(lambda: _named(self._vocabulary, [part.result() for part in self._parts], given))
+        self._parts.reverse()
+        built = self._thread.submit(lambda: _named(self._vocabulary, self._given_up(), given))
         self._thread.shutdown(wait=False)
         return built
+
+    def _given_up(self) -> Iterator[pa.Array]:
+        """The parts; none is kept that was taken."""
+        while self._parts:
+            yield self._parts.pop().result()
 
 
 def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
@@ -197,7 +205,7 @@ def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
     return pa.array(codes, mask=~given)
 
 
-def _named(vocabulary: Vocabulary, parts: list[pa.Array], given: pl.Series) -> _Named:
+def _named(vocabulary: Vocabulary, parts: Iterable[pa.Array], given: pl.Series) -> _Named:
     seen, other = len(vocabulary), np.ones(len(vocabulary), dtype=bool)
     found = vocabulary.encode(given)
     known, first = found[found < seen], given.filter(pl.Series(found < seen))
@@ -210,19 +218,14 @@ def _named(vocabulary: Vocabulary, parts: list[pa.Array], given: pl.Series) -> _
     return _Named(names, _ranked(rank, parts), len(known))
 
 
-def _ranked(rank: NDArray[np.int32], parts: list[pa.Array]) -> pl.Series:
-    """The rank of each code of the parts."""
-    rows, missing = sum(map(len, parts)), sum(part.null_count for part in parts)
-    if missing == rows:
-        return pl.Series([None], dtype=pl.Null).new_from_index(0, rows)
-    if missing:
-        ranks = pa.array(rank)
-        return pl.concat([pl.Series(ranks.take(part), dtype=pl.Int32) for part in parts])
-    codes, start = np.empty(rows, dtype=np.int32), 0
-    for part in parts:
-        rank.take(part, out=codes[start : start + len(part)], mode="clip")
-        start += len(part)
-    return pl.Series(codes)
+def _ranked(rank: NDArray[np.int32], parts: Iterable[pa.Array]) -> pl.Series:
+    """The rank of each code of the parts, a chunk a part."""
+    ranks = pa.array(rank)
+    found = [ranks.take(part) if part.null_count else pa.array(rank.take(part)) for part in parts]
+    codes = pa.chunked_array(found, pa.int32())
+    if codes.null_count == len(codes):
+        return pl.Series([None], dtype=pl.Null).new_from_index(0, len(codes))
+    return pl.Series(pl.from_arrow(codes, rechunk=False))
 
 
 class _Sorted(NamedTuple):
@@ -303,17 +306,47 @@ def order_events(events: Events) -> tuple[Events, int]:
     """
     if not len(events):
         return events, 0
-    users = events.rows[tables.USER_ID]
-    threads = pl.thread_pool_size()
-    some = users.gather_every(1 + len(users) // 10_000).sort()
-    bounds = sorted({int(some[len(some) * place // threads]) for place in range(1, threads)})
-    ranges = zip([0, *bounds], [*bounds, len(events.names[tables.USER_ID])], strict=True)
-    by_range = (events.rows.filter(pl.col(tables.USER_ID).is_between(*ends, closed="left")) for ends in ranges)
-    parts = list(by_range) if bounds else [events.rows]  # by all threads, so that all begin to order at one time
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda part: _ordered(part, events.names), parts))
-    rows = pl.concat(parts, rechunk=True)
-    return replace(events, rows=rows), len(events) - rows.height
+    with ThreadPoolExecutor(pl.thread_pool_size()) as pool:
+        ranges = _ranges(events, pool)
+        starts = np.cumsum([0, *(sum(piece.height for piece in pieces) for pieces in ranges)])
+        room = {name: np.empty(len(events), dtype) for name, dtype in _MAIN.items()}
+
+        def fill(start: int, pieces: list[pl.DataFrame]) -> pl.DataFrame:
+            rows = _ordered(pl.concat(pieces, rechunk=True), events.names)
+            for name, column in room.items():
+                column[start : start + rows.height] = rows[name].to_numpy()
+            return rows.drop(_MAIN)
+
+        others = list(pool.map(fill, starts.tolist()[:-1], ranges))
+    end = 0
+    for start, part in zip(starts.tolist(), others, strict=False):
+        if end < start:  # copies were taken out before it
+            for column in room.values():
+                column[end : end + part.height] = column[start : start + part.height]
+        end += part.height
+    main = pl.DataFrame([pl.Series(name, pa.array(column[:end])) for name, column in room.items()])
+    rows = main.hstack(pl.concat(others, rechunk=True)).select(list(_SCHEMA))
+    return replace(events, rows=rows), len(events) - end
+
+
+def _ranges(events: Events, pool: ThreadPoolExecutor) -> list[list[pl.DataFrame]]:
+    """The events by ranges of users, each in pieces that stand in the order in which its events came.
+
+    What a thread orders at once is small: in new memory for half of all events it would take twice as long.
+    """
+    users, count = events.rows[tables.USER_ID], len(events.names[tables.USER_ID])
+    size = max(_AT_ONCE, len(users) // 255)
+    some = users.gather_every(1 + len(users) // 10_000).sort().to_numpy()
+    bounds = np.unique(some[:: -(-len(some) * size // len(users))][1:])
+    range_of = np.searchsorted(bounds, np.arange(count), side="right").astype(np.uint8)
+
+    def cut(part: pl.DataFrame) -> list[pl.DataFrame]:
+        of = range_of[part[tables.USER_ID].to_numpy()]
+        part = part[np.argsort(of, kind="stable")]  # a counting sort, as they are bytes
+        ends = np.cumsum(np.bincount(of, minlength=len(bounds) + 1)).tolist()
+        return [part[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    return list(map(list, zip(*pool.map(cut, events.rows.iter_slices(_PIECE)), strict=True)))
 
 
 def _ordered(rows: pl.DataFrame, names: dict[str, pa.Array]) -> pl.DataFrame:

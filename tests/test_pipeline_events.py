@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import polars as pl
 import pytest
@@ -37,11 +39,13 @@ FAR = 1 << 61  # leaves no room for a place beside it
     rows=st.lists(st.tuples(IDS, IDS, st.sampled_from([1, 2, 3, 1000, FAR])), min_size=1, max_size=40),
     sequence=st.booleans(),
     in_order=st.booleans(),
+    at_once=st.sampled_from([1, 3, 1 << 20]),
 )
-def test_events_are_ordered_by_user_then_time_then_what_knows_nothing(rows, sequence, in_order):
+def test_events_are_ordered_by_user_then_time_then_what_knows_nothing(rows, sequence, in_order, at_once):
     rows = sorted(rows, key=lambda row: row[2]) if in_order else rows
     rows = [(*row, place % 3 if sequence else None) for place, row in enumerate(rows)]
-    ordered, copies = order_events(build(rows, parts=min(3, len(rows))))
+    with patch.multiple("pipeline.events", _PIECE=at_once, _AT_ONCE=at_once):
+        ordered, copies = order_events(build(rows, parts=min(3, len(rows))))
 
     def key(row):
         user, item, time, place = row
