@@ -22,8 +22,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from item_tower.encoder import ItemEncoder
 
 _NAME = "hllm_short"
-_SHORT = 128  # tokens up to which the products are faster
 _REGISTER = 16  # float32 numbers of AVX-512
+_SHORT = 48 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 128
+"""Tokens up to which plain products are faster than PyTorch's flash attention, unless they are whole registers."""
 
 
 def _short_attention(
@@ -34,34 +35,61 @@ def _short_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query, key, value: [B, h, T, d]; attention_mask: [B, 1, T, T], bool or additive. Returns [B, T, h, d].
 
-    Whatever is not short self-attention with as many keys as queries goes to ``sdpa``.
+    Whatever is not self-attention with as many keys as queries, and long texts, go to ``sdpa``.
     """
-    causal = attention_mask is None and getattr(module, "is_causal", False)
-    if causal or dropout or query.shape != key.shape or query.shape[2] > _SHORT:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
-        )
+    causal = attention_mask is None and (getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    length = query.shape[2]
+    if not causal and not dropout and query.shape == key.shape:
+        if length <= _SHORT and not _is_fast(length):
+            return _by_products(query, key, value, attention_mask, scaling), None
+        key, value, attention_mask = _padded(key, value, attention_mask)
+        is_causal = False
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **rest
+    )
+
+
+def _is_fast(length: int) -> bool:
+    """Whether flash attention takes rows of that length in whole registers, of which it likes two, with AVX-512."""
+    return _SHORT < 128 and length % _REGISTER == 0 and length >= 2 * _REGISTER
+
+
+def _padded(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values up to whole registers, masked: flash attention takes what is over them number by number."""
+    batch, heads, length, width = key.shape
+    more = -length % _REGISTER
+    if not more or _SHORT == 128:
+        return key, value, mask
+    both = key.new_zeros(2, batch, length + more, heads, width)
+    both[0, :, :length], both[1, :, :length] = key.transpose(1, 2), value.transpose(1, 2)
+    if mask is None:
+        mask = torch.ones(1, 1, 1, length, dtype=torch.bool).expand(batch, 1, length, length)
+    mask = F.pad(mask, (0, more), value=False if mask.dtype == torch.bool else float("-inf"))
+    return both[0].transpose(1, 2), both[1].transpose(1, 2), mask
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scaled = torch.mul(query, scaling, out=query.new_empty(query.shape))  # contiguous in one pass
     scores = torch.matmul(scaled, key.contiguous().transpose(-1, -2))
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill_(~attention_mask, float("-inf"))
-        else:
-            scores = scores + attention_mask
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = _softmax(scores).to(value.dtype)
-    return torch.matmul(weights, value.contiguous()).transpose(1, 2).contiguous(), None
+    return torch.matmul(weights, value.contiguous()).transpose(1, 2).contiguous()
 
 
 def _softmax(scores: Tensor) -> Tensor:
     """Over the last dimension, in float32: [..., T]. PyTorch's takes rows of less than a vector register number by
     number, and those of bfloat16 too unless they are whole registers: three to five times as long."""
-    length = scores.shape[-1]
-    padded = F.pad(scores.float(), (0, max(0, _REGISTER - length)), value=float("-inf"))
+    scores, length = scores.float(), scores.shape[-1]
+    if length >= _REGISTER:
+        return torch.softmax(scores, dim=-1)
+    padded = F.pad(scores, (0, _REGISTER - length), value=float("-inf"))
     return torch.softmax(padded, dim=-1)[..., :length]
 
 

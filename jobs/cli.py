@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from jobs.memory import keep_pages
+from jobs.memory import keep_pages, uncollected
 from pipeline.files import disk_broken, disk_full
 from schemas.errors import ConfigError, PipelineError
 from schemas.secrets import keep_secrets, redact
@@ -217,7 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     _stay_local()
     keep_pages()
     with _OneLine() as outcome:
-        result = _job(arguments)()
+        with uncollected():
+            job = _job(arguments)
+        result = job()
         print(redact(json.dumps(result)), flush=True)
         outcome.status = HELD if result.get("held_by") else 0
     return outcome.status

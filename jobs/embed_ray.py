@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from jobs.embed_ledger import Ledger
-from jobs.memory import keep_pages
+from jobs.memory import keep_pages, uncollected
 from schemas.errors import PipelineError
 
 _POLL_SECONDS = 1.0
@@ -37,7 +37,8 @@ class Worker:
 
     @cached_property
     def _worker(self) -> Callable[[pa.Table], pa.Table]:
-        worker, arguments = pickle.loads(self._work)
+        with uncollected():  # it imports PyTorch
+            worker, arguments = pickle.loads(self._work)
         return worker(**arguments, **self._more)
 
     def __call__(self, window: pa.Table) -> pa.Table:

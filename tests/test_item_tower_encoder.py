@@ -215,7 +215,7 @@ def test_the_fast_path_on_a_cpu_computes_the_same(make_encoder, kind):
     np.testing.assert_allclose(vectors(plain, texts), exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 64, 128])
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 32, 47, 48, 50, 64, 100, 128, 130])
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 def test_short_attention_is_attention(length, mask):
     generator = torch.Generator().manual_seed(length)
