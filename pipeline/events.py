@@ -138,7 +138,7 @@ class EventBuilder:
     def add(self, part: pl.DataFrame) -> None:
         """part: the columns of the interactions table, ids as strings; Null columns where nothing is given."""
         for column, taken in self._columns.items():
-            taken.add(part[column].cast(pl.String))
+            taken.add(part[column])
         self._plain.append(part.select(tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL))
 
     def build(self) -> Events:
@@ -198,6 +198,9 @@ class _Column:
 
 def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
     """Codes [n], null where the text is."""
+    if texts.dtype == pl.Null:
+        return pa.nulls(len(texts), pa.int32())
+    texts = texts.cast(pl.String)
     if not texts.null_count():
         return pa.array(vocabulary.encode(texts))
     given, codes = texts.is_not_null().to_numpy(), np.zeros(len(texts), dtype=np.int32)
