@@ -23,8 +23,8 @@ from item_tower.encoder import ItemEncoder
 
 _NAME = "hllm_short"
 _REGISTER = 16  # float32 numbers of AVX-512
-_SHORT = 48 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 128
-"""Tokens up to which plain products are faster than PyTorch's flash attention, unless they are whole registers."""
+_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+_SHORT = 48 if _AVX512 else 128  # tokens up to which plain products are faster than PyTorch's flash attention
 
 
 def _short_attention(
@@ -55,15 +55,15 @@ def _short_attention(
 
 
 def _is_fast(length: int) -> bool:
-    """Whether flash attention takes rows of that length in whole registers, of which it likes two, with AVX-512."""
-    return _SHORT < 128 and length % _REGISTER == 0 and length >= 2 * _REGISTER
+    """Whether flash attention is faster in spite of that: rows of whole registers, two at least."""
+    return _AVX512 and length % _REGISTER == 0 and length >= 2 * _REGISTER
 
 
 def _padded(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values up to whole registers, masked: flash attention takes what is over them number by number."""
     batch, heads, length, width = key.shape
     more = -length % _REGISTER
-    if not more or _SHORT == 128:
+    if not more or not _AVX512:
         return key, value, mask
     both = key.new_zeros(2, batch, length + more, heads, width)
     both[0, :, :length], both[1, :, :length] = key.transpose(1, 2), value.transpose(1, 2)

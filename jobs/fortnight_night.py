@@ -75,10 +75,13 @@ def _lines(log: Path, start: int) -> list[dict[str, Any]]:
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, start: int, kill_at: str | None) -> None:
-    """Until it ends; SIGKILL a moment after it has begun a step."""
+    """Until it ends; SIGKILL a moment after it has begun a step, or at once where the step has ended by then."""
+    deadline = float("inf")
     while kill_at is not None and process.poll() is None:
-        if any((line["event"], line.get("step")) == ("begin", kill_at) for line in _lines(log, start)):
-            time.sleep(_KILL_AFTER)
+        done = [line["event"] for line in _lines(log, start) if line.get("step") == kill_at]
+        if "begin" in done:
+            deadline = min(deadline, time.monotonic() + _KILL_AFTER)
+        if "end" in done or time.monotonic() > deadline:
             process.kill()
             break
         time.sleep(_POLL)
