@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,7 +186,6 @@ class _Column:
 
     def build(self, given: pl.Series) -> Future[_Named]:
         """Of all parts."""
-        self._parts.reverse()
         built = self._thread.submit(lambda: _named(self._vocabulary, self._given_up(), given))
         self._thread.shutdown(wait=False)
         return built
@@ -193,7 +193,7 @@ class _Column:
     def _given_up(self) -> Iterator[pa.Array]:
         """The parts; none is kept that was taken."""
         while self._parts:
-            yield self._parts.pop().result()
+            yield self._parts.pop(0).result()
 
 
 def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
@@ -311,7 +311,8 @@ def order_events(events: Events) -> tuple[Events, int]:
         return events, 0
     with ThreadPoolExecutor(pl.thread_pool_size()) as pool:
         ranges = _ranges(events, pool)
-        starts = np.cumsum([0, *(sum(piece.height for piece in pieces) for pieces in ranges)])
+        heights = [sum(piece.height for piece in pieces) for pieces in ranges]
+        starts = np.cumsum([0, *heights[:-1]]).tolist()
         room = {name: np.empty(len(events), dtype) for name, dtype in _MAIN.items()}
 
         def fill(start: int, pieces: list[pl.DataFrame]) -> pl.DataFrame:
@@ -320,9 +321,9 @@ def order_events(events: Events) -> tuple[Events, int]:
                 column[start : start + rows.height] = rows[name].to_numpy()
             return rows.drop(_MAIN)
 
-        others = list(pool.map(fill, starts.tolist()[:-1], ranges))
+        others = list(pool.map(fill, starts, ranges))
     end = 0
-    for start, part in zip(starts.tolist(), others, strict=False):
+    for start, part in zip(starts, others, strict=True):
         if end < start:  # copies were taken out before it
             for column in room.values():
                 column[end : end + part.height] = column[start : start + part.height]
@@ -347,7 +348,7 @@ def _ranges(events: Events, pool: ThreadPoolExecutor) -> list[list[pl.DataFrame]
         of = range_of[part[tables.USER_ID].to_numpy()]
         part = part[np.argsort(of, kind="stable")]  # a counting sort, as they are bytes
         ends = np.cumsum(np.bincount(of, minlength=len(bounds) + 1)).tolist()
-        return [part[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return [part[start:end] for start, end in pairwise([0, *ends])]
 
     return list(map(list, zip(*pool.map(cut, events.rows.iter_slices(_PIECE)), strict=True)))
 
