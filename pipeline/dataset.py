@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.catalog import SLICE_ROWS
 from pipeline.columns import as_milliseconds
 from pipeline.digests import new_digest
-from pipeline.events import EventBuilder, Events
+from pipeline.events import EventBuilder, Events, add_texts
 from pipeline.files import next_created_at, record_id, write_file, write_record
 from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.ingest import CleanTables
@@ -72,7 +73,11 @@ def data_digest(items: pl.DataFrame, events: Events) -> str:
     """The data version: a digest of both ordered tables, 32 hexadecimal characters."""
     digest = new_digest().add(",".join(items.columns))
     for part in items.iter_slices(SLICE_ROWS):
-        digest.add(part.write_ndjson())
+        for column in part:
+            if column.dtype == pl.String:
+                add_texts(digest, column.to_arrow(compat_level=pl.CompatLevel.oldest()))
+            else:
+                digest.add(column.to_frame().write_ndjson())
     events.digest_into(digest)
     return digest.hexdigest()
 
@@ -100,16 +105,16 @@ def write_dataset(
         "interactions": len(clean.events),
         "watermark": int(clean.events.rows[tables.TIMESTAMP].max()),  # type: ignore[arg-type]
     }
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:  # a thread for all else: the events are what takes longest
         hashing = pool.submit(data_digest, clean.items, clean.events)
         alike = existing and all(getattr(existing[-1], field) == value for field, value in found.items())
         if alike and existing[-1].digest == hashing.result():
             return existing[-1], True
         profile = pool.submit(describe)
         record_name = record_id(created_at, hash_texts(name, *files).hex())
-        # the writer ends before the folder goes, should the block fail
-        with store.new(Dataset, record_name) as folder, ThreadPoolExecutor(1) as writer:
-            catalog = writer.submit(_write_items, folder / "items.parquet", clean.items)
+        with store.new(Dataset, record_name) as folder, ExitStack() as ending:
+            catalog = pool.submit(_write_items, folder / "items.parquet", clean.items)
+            ending.callback(wait, [catalog])  # before the folder goes, should the block fail
             _write_events(folder / _EVENTS, clean.events)
             rejected = tables.check(to_arrow(clean.quarantine), tables.QUARANTINE, "quarantine")
             pq.write_table(rejected, folder / "quarantine.parquet")
@@ -130,7 +135,8 @@ def write_dataset(
 
 
 def _write_items(path: Path, items: pl.DataFrame) -> None:
-    _write_slices(path, map(to_arrow, items.iter_slices(SLICE_ROWS)))
+    others = [name for name in items.columns if name != tables.ITEM_ID]  # ids are distinct
+    _write_slices(path, map(to_arrow, items.iter_slices(SLICE_ROWS)), use_dictionary=others)
 
 
 def _write_slices(path: Path, slices: Iterator[pa.Table], **options: Any) -> None:

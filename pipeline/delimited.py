@@ -6,8 +6,12 @@ With care is pyarrow's reader, which can say which row is none. Both read alike 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +26,8 @@ from schemas.errors import DataError
 
 BLOCK = 16 << 20  # bytes that pyarrow parses at once; a row must fit into two of them
 _READ = 8 << 20  # bytes whose lines are parsed at once
-_CACHED = 1 << 20  # bytes counted at once: what lies in a processor's cache
+_AHEAD = 2  # blocks that are parsed while one is looked at
+_CACHED = 1 << 17  # bytes counted at once: with what is made of them they lie in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class Delimited:
 def _blocks_of(file: Any) -> Iterator[bytes]:
     """The bytes of a file, each block read and unpacked in a thread while the one before is looked at."""
     return ahead(iter(lambda: file.read(_READ), b""))
+
+
+def _line_blocks(file: Any) -> Iterator[bytes]:
+    """The same, not in a thread, cut behind line ends; but for the last, and for lines too long for any reader."""
+    left: list[bytes] = []
+    while data := file.read(_READ):
+        end = data.rfind(b"\n") + 1
+        if end or sum(map(len, left)) > 2 * BLOCK:
+            yield b"".join([*left, memoryview(data)[:end]])
+            left = []
+        left.append(data[end:])
+    yield b"".join(left)
 
 
 class _Rest:
@@ -65,47 +82,61 @@ class _Rest:
         self.closed = True
 
 
-def read_delimited(path: Path, shape: Delimited, encoding: str) -> Iterator[Part]:
+def read_delimited(
+    path: Path, shape: Delimited, encoding: str, numbers: frozenset[str] = frozenset()
+) -> Iterator[Part]:
     """Comma- or tab-separated text: every cell a string, quotes and line breaks in quotes respected.
 
-    Rows with more or fewer cells than the header, or bytes that are not text, are rejected. Raises DataError.
+    Rows with more or fewer cells than the header, or bytes that are not text, are rejected. numbers: columns that
+    likely hold whole numbers, int64 in parts where all their cells do (``Part.text``). Raises DataError.
     """
     with named(path):
         if not check_encoding(path, encoding):
             yield from _whole(path, shape, encoding, masked=False)
             return
         with open_bytes(path) as file:
-            blocks = _blocks_of(file)
+            blocks = ahead(filter(None, _line_blocks(file)))
             data = next(blocks, b"")
             head = 0 if shape.names else data.find(b"\n") + 1
             names = list(shape.names or _plain_names(data[:head], shape))
             rows = data[head:] if head else data.removeprefix(codecs.BOM_UTF8)
             if names and rows:
                 _check_names(path, names)
-                yield from _blocks(path, blocks, rows, shape, names)
+                yield from _blocks(path, chain([rows], blocks), shape, names, numbers.intersection(names))
                 return
         yield from _whole(path, shape, encoding, masked=not _is_utf8(path))
 
 
-def _blocks(path: Path, blocks: Iterator[bytes], data: bytes, shape: Delimited, names: list[str]) -> Iterator[Part]:
+def _blocks(
+    path: Path, blocks: Iterator[bytes], shape: Delimited, names: list[str], numbers: frozenset[str]
+) -> Iterator[Part]:
     """UTF-8 lines without a header, a block at a time; all that is left as one stream where a quote needs care."""
-    start, left = 1, b""
-    while data or left:
-        end = data.rfind(b"\n") + 1
-        block, left = (b"".join((left, memoryview(data)[:end])), data[end:]) if end else (left + data, b"")
-        quoted = shape.quoted and b'"' in block
-        part = None if data and not end else _plain(block, shape, names, quoted, start)
-        if part:
-            start += part.table.height
-            yield part
-        elif quoted or (data and not end):
-            yield from _later(block + left, blocks, shape, names, not _is_utf8(path), start)
-            return
-        elif block.strip(b"\r\n"):
-            for each in _later(block, iter(()), shape, names, not is_text(block), start):
-                start += each.table.height + len(each.rejected)
-                yield each
-        data = next(blocks, b"")
+    start, coming = 1, deque[tuple[bytes, Future[Part | None]]]()
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        while True:
+            while len(coming) <= _AHEAD and (block := next(blocks, None)):
+                coming.append((block, pool.submit(_plain, block, shape, names, numbers)))
+            if not coming:
+                return
+            block, plain = coming.popleft()
+            part, cut = plain.result(), bool(coming) and not block.endswith(b"\n")
+            if part and not cut:
+                yield replace(part, table=_numbered(part.table, start))
+                start += part.table.height
+                numbers = numbers if part.text else frozenset()  # else each block would be parsed twice
+            elif cut or (shape.quoted and b'"' in block):
+                rest = chain((block for block, _ in coming), blocks)
+                yield from _later(block, rest, shape, names, not _is_utf8(path), start)
+                return
+            elif block.strip(b"\r\n"):
+                for each in _later(block, iter(()), shape, names, not is_text(block), start):
+                    start += each.table.height + len(each.rejected)
+                    yield each
+
+
+def _numbered(table: pl.DataFrame, start: int) -> pl.DataFrame:
+    numbers = pl.int_range(start, start + table.height, dtype=pl.Int64, eager=True)
+    return table.with_columns(numbers.alias(ROW))
 
 
 def _plain_names(line: bytes, shape: Delimited) -> list[str]:
@@ -122,16 +153,20 @@ def _check_names(path: Path, names: list[str]) -> None:
         raise DataError(f"{path}: a column is there twice: {names}; rename one")
 
 
-def _plain(block: bytes, shape: Delimited, names: list[str], quoted: bool, start: int) -> Part | None:
+def _plain(block: bytes, shape: Delimited, names: list[str], numbers: frozenset[str]) -> Part | None:
     """Lines that have a cell for each name, a quote only around one; None where it is not sure that all are such."""
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
     if b"\r" in block or block.startswith(codecs.BOM_UTF8):
         return None
-    quote, schema = '"' if quoted else None, dict.fromkeys(names, pl.String)
-    try:
-        table = pl.read_csv(block, has_header=False, separator=shape.separator, quote_char=quote, schema=schema)
-    except pl.exceptions.PolarsError:
+    quoted = shape.quoted and b'"' in block
+    read = partial(_parsed, block, shape, quoted, names)
+    table, text = read(numbers), None
+    if numbers and (table is None or any(table[name].null_count() for name in numbers)):
+        table = read(frozenset())
+    elif numbers:
+        text = partial(_as_given, read)
+    if table is None:
         return None
     rows, separator, open_end = table.height, shape.separator.encode(), not block.endswith(b"\n")
     marks = _marks(block, separator, quoted)
@@ -143,8 +178,29 @@ def _plain(block: bytes, shape: Delimited, names: list[str], quoted: bool, start
     if quoted and (marks.lines + open_end != rows or marks.around != marks.quotes):
         return None
     tidy = block.isascii() and marks.low == rows - open_end + (marks.separators if separator <= b" " else 0)
-    numbers = pl.int_range(start, start + rows, dtype=pl.Int64, eager=True).alias(ROW)
-    return Part(table.with_columns(pl.col(names).fill_null(""), numbers), [], {}, tidy)
+    return Part(_filled(table), [], {}, tidy, text)
+
+
+def _parsed(
+    block: bytes, shape: Delimited, quoted: bool, names: list[str], numbers: frozenset[str]
+) -> pl.DataFrame | None:
+    """Lines as polars reads them, ``numbers`` as int64; None where it cannot."""
+    schema = {name: pl.Int64 if name in numbers else pl.String for name in names}
+    quote = '"' if quoted else None
+    try:
+        return pl.read_csv(block, has_header=False, separator=shape.separator, quote_char=quote, schema=schema)
+    except pl.exceptions.PolarsError:
+        return None
+
+
+def _filled(table: pl.DataFrame) -> pl.DataFrame:
+    return table.with_columns(pl.col(pl.String).fill_null(""))
+
+
+def _as_given(read: Callable[[frozenset[str]], pl.DataFrame | None]) -> pl.DataFrame:
+    table = read(frozenset())
+    assert table is not None, "what can be read as numbers can be read as text"
+    return _filled(table)
 
 
 class _Marks(NamedTuple):

@@ -5,9 +5,10 @@ Order and copies are decided here (DESIGN 4): by user, then (timestamp, sequence
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.vocabulary import Vocabulary
+from pipeline.coding import Column
 from schemas import tables
 from schemas.hashing import Digest, tie_hashes
 
 SLICE = 1_048_576  # events decoded at once
 _PIECE, _AT_ONCE = 1 << 18, 1 << 20  # events put to their ranges of users, and about as many as are ordered, at once
+_FEW = 1 << 17  # events that are not worth a part of their own
 _CODED = (tables.USER_ID, tables.ITEM_ID, tables.EVENT)
 _SCHEMA = {
     tables.USER_ID: pl.Int32,
@@ -31,7 +33,6 @@ _SCHEMA = {
     tables.EVENT: pl.Int32,
     tables.LABEL: pl.Float64,
 }
-_MAIN = {tables.USER_ID: np.int32, tables.ITEM_ID: np.int32, tables.TIMESTAMP: np.int64}  # never null
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Events:
     def counts(self, column: str) -> NDArray[np.int64]:
         """Events of each of ``names[column]``."""
         found = np.zeros(len(self.names[column]), dtype=np.int64)
-        for part in self.rows[column].to_frame().iter_slices(4 * SLICE):  # bincount makes int64 of what it counts
+        for part in self.rows[column].to_frame().iter_slices(2 * SLICE):  # bincount makes int64 of what it counts
             found += np.bincount(part.to_series().to_numpy(), minlength=len(found))
         return found
 
@@ -77,6 +78,16 @@ class Events:
         places = pl.Series(column, np.cumsum(used, dtype=np.int32) - 1)
         return names.filter(pa.array(used)), places.gather(codes)
 
+    def parts(self, by_user: bool = False) -> Iterator[pl.DataFrame]:
+        """The rows, cut about as they lie in memory. by_user: only where another user begins."""
+        users, start = self.rows[tables.USER_ID], 0
+        for end in np.cumsum(users.chunk_lengths()).tolist():
+            inside = end < len(users)
+            if inside and (end - start < _FEW or (by_user and users[end - 1] == users[end])):
+                continue
+            yield self.rows[start:end]
+            start = end
+
     def slices(self, dictionary: bool = False) -> Iterator[pa.Table]:
         """The events with their ids, in the schema of the interactions table.
 
@@ -87,12 +98,15 @@ class Events:
             place = schema.get_field_index(tables.USER_ID)
             schema = schema.set(place, schema.field(place).with_type(pa.dictionary(pa.int32(), pa.string())))
         texts = {column: pl.Series(names, dtype=pl.String) for column, names in self.names.items()}
-        for part in self.rows.iter_slices(SLICE):
+        nothing = {
+            f.name: pa.nulls(min(SLICE, len(self)), f.type) for f in schema if self.rows[f.name].dtype == pl.Null
+        }
+        for part in (part for whole in self.parts() for part in whole.iter_slices(SLICE)):
             arrays = []
             for field in schema:
                 column = part[field.name]
                 if column.dtype == pl.Null:
-                    arrays.append(pa.nulls(part.height, field.type))
+                    arrays.append(nothing[field.name][: part.height])
                 elif pa.types.is_dictionary(field.type):
                     low, high = int(column.min()), int(column.max())
                     names = self.names[field.name].slice(low, high + 1 - low)
@@ -107,40 +121,44 @@ class Events:
     def digest_into(self, digest: Digest) -> None:
         """Add names and rows, so that equal events give equal digests."""
         for column in _CODED:
-            values = self.names[column].cast(pa.large_string())
-            digest.add(column).add(np.diff(_offsets(values)).astype("<i8").data).add(_bytes(values).data)
+            add_texts(digest.add(column), self.names[column])
         for column, dtype in _SCHEMA.items():
             values = self.rows[column]
             if values.null_count() == len(values):
                 digest.add(f"no {column}")
                 continue
             digest.add(values.is_null().to_numpy().astype(np.uint8).data if values.null_count() else b"")
-            digest.add(np.ascontiguousarray(values.cast(dtype).fill_null(0).to_numpy()).data)
+            size = len(values) * np.dtype(np.int32 if dtype == pl.Int32 else np.int64).itemsize
+            digest.add_parts(size, (_contiguous(part[column], dtype) for part in self.parts()))
 
 
-def _offsets(values: pa.Array) -> NDArray[np.int64]:
-    return np.frombuffer(values.buffers()[1] or b"\0" * 8, dtype=np.int64)[
-        values.offset : values.offset + len(values) + 1
-    ]
+def add_texts(digest: Digest, texts: pa.Array) -> None:
+    """Add the lengths of texts, -1 for none, and their bytes, so that equal texts give equal digests."""
+    values = texts.cast(pa.large_string()).fill_null("")
+    offsets = np.frombuffer(values.buffers()[1] or b"\0" * 8, dtype=np.int64)[values.offset :][: len(values) + 1]
+    lengths = np.diff(offsets)
+    if texts.null_count:
+        lengths[texts.is_null().to_numpy(zero_copy_only=False)] = -1
+    digest.add(lengths.astype("<i8", copy=False).data)
+    digest.add(np.frombuffer(values.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]].data)
 
 
-def _bytes(values: pa.Array) -> NDArray[np.uint8]:
-    offsets = _offsets(values)
-    return np.frombuffer(values.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
+def _contiguous(values: pl.Series, dtype: Any) -> memoryview:
+    return np.ascontiguousarray(values.cast(dtype).fill_null(0).to_numpy()).data
 
 
 class EventBuilder:
     """Takes checked events part by part and holds codes, no texts."""
 
     def __init__(self) -> None:
-        self._columns = {column: _Column() for column in _CODED}
+        self._columns = {column: Column() for column in _CODED}
         self._plain: list[pl.DataFrame] = []
 
     def add(self, part: pl.DataFrame) -> None:
         """part: the columns of the interactions table, ids as strings; Null columns where nothing is given."""
         for column, taken in self._columns.items():
             taken.add(part[column])
-        self._plain.append(part.select(tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL))
+        self._plain.append(part[[tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL]])
 
     def build(self) -> Events:
         """All events so far, in the order in which they came, duplicates included."""
@@ -154,81 +172,15 @@ class EventBuilder:
             name: taken.build(items if name == tables.ITEM_ID else items[:0]) for name, taken in self._columns.items()
         }
         plain = {name: _SCHEMA[name] for name in (tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL)}
-        rows = pl.concat([pl.DataFrame(schema=dict.fromkeys(plain, pl.Null)), *self._plain], how="vertical_relaxed")
-        rows = rows.with_columns(pl.col(tables.TIMESTAMP).cast(pl.Int64))
+        others = pl.concat([pl.DataFrame(schema=dict.fromkeys(plain, pl.Null)), *self._plain], how="vertical_relaxed")
         self._plain, self._columns = [], {}
         found = {name: built.result() for name, built in coming.items()}
-        columns = [built.codes.alias(name) for name, built in found.items()]
-        rows = rows.with_columns(columns).select(list(_SCHEMA))
+        columns = {name: built.codes.alias(name) for name, built in found.items()}
+        columns |= {name: others[name] for name in plain} | {
+            tables.TIMESTAMP: others[tables.TIMESTAMP].cast(pl.Int64)
+        }
+        rows = pl.DataFrame([columns[name] for name in _SCHEMA])  # polars' own ways copy what lies in other chunks
         return Events(rows, {name: built.names for name, built in found.items()}), found[tables.ITEM_ID].known
-
-
-class _Named(NamedTuple):
-    """names: the distinct texts, the given ones that are among them before the others, each sorted; codes: in these,
-    Null where all are missing; known: of the names, those that were given."""
-
-    names: pa.Array
-    codes: pl.Series
-    known: int
-
-
-class _Column:
-    """Texts of one column on their way to codes, in a thread beside the reader."""
-
-    def __init__(self) -> None:
-        self._thread, self._vocabulary = ThreadPoolExecutor(1), Vocabulary()
-        self._parts: list[Future[pa.Array]] = []
-
-    def add(self, texts: pl.Series) -> None:
-        for before in self._parts[-2:-1]:
-            before.result()  # at most three parts of texts at once
-        self._parts.append(self._thread.submit(_encoded, self._vocabulary, texts))
-
-    def build(self, given: pl.Series) -> Future[_Named]:
-        """Of all parts."""
-        built = self._thread.submit(lambda: _named(self._vocabulary, self._given_up(), given))
-        self._thread.shutdown(wait=False)
-        return built
-
-    def _given_up(self) -> Iterator[pa.Array]:
-        """The parts; none is kept that was taken."""
-        while self._parts:
-            yield self._parts.pop(0).result()
-
-
-def _encoded(vocabulary: Vocabulary, texts: pl.Series) -> pa.Array:
-    """Codes [n], null where the text is."""
-    if texts.dtype == pl.Null:
-        return pa.nulls(len(texts), pa.int32())
-    texts = texts.cast(pl.String)
-    if not texts.null_count():
-        return pa.array(vocabulary.encode(texts))
-    given, codes = texts.is_not_null().to_numpy(), np.zeros(len(texts), dtype=np.int32)
-    codes[given] = vocabulary.encode(texts.drop_nulls())
-    return pa.array(codes, mask=~given)
-
-
-def _named(vocabulary: Vocabulary, parts: Iterable[pa.Array], given: pl.Series) -> _Named:
-    seen, other = len(vocabulary), np.ones(len(vocabulary), dtype=bool)
-    found = vocabulary.encode(given)
-    known, first = found[found < seen], given.filter(pl.Series(found < seen))
-    other[known] = False
-    others = vocabulary.texts[:seen].filter(pl.Series(other)).sort()
-    rank = np.empty(seen, dtype=np.int32)
-    rank[known] = np.arange(len(known), dtype=np.int32)
-    rank[vocabulary.encode(others)] = np.arange(len(known), seen, dtype=np.int32)
-    names = pl.concat([first, others]).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
-    return _Named(names, _ranked(rank, parts), len(known))
-
-
-def _ranked(rank: NDArray[np.int32], parts: Iterable[pa.Array]) -> pl.Series:
-    """The rank of each code of the parts, a chunk a part."""
-    ranks = pa.array(rank)
-    found = [ranks.take(part) if part.null_count else pa.array(rank.take(part)) for part in parts]
-    codes = pa.chunked_array(found, pa.int32())
-    if codes.null_count == len(codes):
-        return pl.Series([None], dtype=pl.Null).new_from_index(0, len(codes))
-    return pl.Series(pl.from_arrow(codes, rechunk=False))
 
 
 class _Sorted(NamedTuple):
@@ -310,27 +262,16 @@ def order_events(events: Events) -> tuple[Events, int]:
     if not len(events):
         return events, 0
     with ThreadPoolExecutor(pl.thread_pool_size()) as pool:
-        ranges = _ranges(events, pool)
-        heights = [sum(piece.height for piece in pieces) for pieces in ranges]
-        starts = np.cumsum([0, *heights[:-1]]).tolist()
-        room = {name: np.empty(len(events), dtype) for name, dtype in _MAIN.items()}
+        found = list(pool.map(partial(_ordered_range, names=events.names), _ranges(events, pool)))
+    rows = pl.concat(found, rechunk=False)
+    return replace(events, rows=rows), len(events) - rows.height
 
-        def fill(start: int, pieces: list[pl.DataFrame]) -> pl.DataFrame:
-            rows = _ordered(pl.concat(pieces, rechunk=True), events.names)
-            for name, column in room.items():
-                column[start : start + rows.height] = rows[name].to_numpy()
-            return rows.drop(_MAIN)
 
-        others = list(pool.map(fill, starts, ranges))
-    end = 0
-    for start, part in zip(starts, others, strict=True):
-        if end < start:  # copies were taken out before it
-            for column in room.values():
-                column[end : end + part.height] = column[start : start + part.height]
-        end += part.height
-    main = pl.DataFrame([pl.Series(name, pa.array(column[:end])) for name, column in room.items()])
-    rows = main.hstack(pl.concat(others, rechunk=True)).select(list(_SCHEMA))
-    return replace(events, rows=rows), len(events) - end
+def _ordered_range(pieces: list[pl.DataFrame], names: dict[str, pa.Array]) -> pl.DataFrame:
+    """As ``_ordered``, of all the pieces, which are given up."""
+    rows = pl.concat(pieces, rechunk=True)
+    pieces.clear()
+    return _ordered(rows, names)
 
 
 def _ranges(events: Events, pool: ThreadPoolExecutor) -> list[list[pl.DataFrame]]:
@@ -350,7 +291,8 @@ def _ranges(events: Events, pool: ThreadPoolExecutor) -> list[list[pl.DataFrame]
         ends = np.cumsum(np.bincount(of, minlength=len(bounds) + 1)).tolist()
         return [part[start:end] for start, end in pairwise([0, *ends])]
 
-    return list(map(list, zip(*pool.map(cut, events.rows.iter_slices(_PIECE)), strict=True)))
+    pieces = (piece for part in events.parts() for piece in part.iter_slices(_PIECE))
+    return list(map(list, zip(*pool.map(cut, pieces), strict=True)))
 
 
 def _ordered(rows: pl.DataFrame, names: dict[str, pa.Array]) -> pl.DataFrame:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -217,6 +218,10 @@ def _renamed(table: pl.DataFrame, columns: dict[str, str], only: bool) -> pl.Dat
     return table.select(kept).rename(taken)
 
 
+def _after(text: Callable[[], pl.DataFrame], renamed: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
+    return renamed(text())
+
+
 def read_file(path: Path, kind: Kind, form: Format, columns: dict[str, str], encoding: str) -> Iterator[Part]:
     """The rows of a file under our column names, as the format has them. columns: ours = theirs, by configuration.
 
@@ -231,14 +236,19 @@ def read_file(path: Path, kind: Kind, form: Format, columns: dict[str, str], enc
     elif ending == ".parquet":
         parts = read_parquet(path)
     else:
-        parts = read_delimited(path, layout.shape, encoding)
+        times = (
+            {merged.get(tables.TIMESTAMP, tables.TIMESTAMP)} if kind == "interactions" and not layout.expand else ()
+        )
+        parts = read_delimited(path, layout.shape, encoding, frozenset(times))
     for part in parts:
         ours = layout.expand(part) if layout.expand and ending != ".parquet" else part
         missing = [theirs for theirs in columns.values() if theirs not in ours.table.columns]
         if missing and not json:
             found = [name for name in ours.table.columns if name != ROW]
             raise DataError(f"{path}: columns {missing} are missing; found {found}")
-        yield replace(ours, table=_renamed(ours.table, merged, layout.only))
+        renamed = partial(_renamed, columns=merged, only=layout.only)
+        text = ours.text and partial(_after, ours.text, renamed)
+        yield replace(ours, table=renamed(ours.table), text=text)
 
 
 def bare_scan(path: Path, out: Path, order: list[str]) -> None:

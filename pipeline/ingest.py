@@ -106,7 +106,7 @@ def _clean_events(part: Part, path: Path, intake: Intake) -> pl.DataFrame:
     if no_label is not None:
         reasons.append((pl.lit(no_label), f"{tables.LABEL} is not a number"))
     table = pl.DataFrame([*ids, times.alias(tables.TIMESTAMP), sequence, event, label])
-    return intake.split(raw, table, reasons, path)
+    return intake.split(part, table, reasons, path)
 
 
 def _number(raw: pl.DataFrame, name: str, dtype: pl.DataType, path: Path) -> tuple[pl.Series, pl.Series | None]:

@@ -93,16 +93,17 @@ class Intake:
         bad = part.rejected
         self.reject(path, [b.row for b in bad], [b.reason for b in bad], [b.raw for b in bad])
 
-    def split(self, raw: pl.DataFrame, clean: pl.DataFrame, reasons: list[Reason], path: Path) -> pl.DataFrame:
-        """The rows of ``clean`` that no reason holds for; the others, as they were in ``raw``, are put aside with the
-        first one.
-        """
-        wrong = clean.select(wrong=pl.any_horizontal(condition for condition, _ in reasons)).to_series()
+    def split(self, part: Part, clean: pl.DataFrame, reasons: list[Reason], path: Path) -> pl.DataFrame:
+        """The rows of ``clean`` that no reason holds for; the others are put aside as they came, with the first."""
+        given = [
+            name for name, dtype in clean.schema.items() if dtype != pl.Null
+        ]  # their one chunk has polars copy all
+        wrong = clean[given].select(wrong=pl.any_horizontal(condition for condition, _ in reasons)).to_series()
         if not wrong.any():
             return clean
         first = pl.coalesce(pl.when(condition).then(pl.lit(why)) for condition, why in reasons)
         why = clean.select(first.alias(tables.REASON)).to_series()
-        bad = raw.filter(why.is_not_null())
+        bad = part.given().filter(why.is_not_null())
         raws = [as_json(row) for row in bad.drop(ROW).rows(named=True)]
         self.reject(path, bad[ROW].to_list(), why.drop_nulls().to_list(), raws)
         return clean.filter(why.is_null())

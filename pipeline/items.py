@@ -11,15 +11,16 @@ from pipeline.columns import as_flag, as_id, as_milliseconds, as_text
 from pipeline.filters import apply, item_filter
 from pipeline.importers import Delivery, read_file
 from pipeline.intake import DataConfig, Intake, column_of, id_reason, require
-from pipeline.readers import ROW, ahead
+from pipeline.readers import ROW, Part, ahead
 from schemas import tables
 from schemas.errors import DataError
 
 _FILE = "__file"
 
 
-def _clean_items(raw: pl.DataFrame, path: Path, intake: Intake) -> pl.DataFrame:
+def _clean_items(part: Part, path: Path, intake: Intake) -> pl.DataFrame:
     """The rows of a part that can be items. Raises DataError for a column of a wrong type."""
+    raw = part.table
     require(raw, [tables.ITEM_ID], path)
     special = (tables.ITEM_ID, tables.AVAILABLE, tables.UPDATED_AT, ROW)
     columns = [as_id(column_of(raw, tables.ITEM_ID), path)]
@@ -36,7 +37,7 @@ def _clean_items(raw: pl.DataFrame, path: Path, intake: Intake) -> pl.DataFrame:
         (pl.col(tables.AVAILABLE).is_null(), "available is neither true nor false"),
         (unread, "updated_at is no time"),
     ]
-    return intake.split(raw, pl.DataFrame([*columns, raw[ROW]]), reasons, path)
+    return intake.split(part, pl.DataFrame([*columns, raw[ROW]]), reasons, path)
 
 
 def _read_items(config: DataConfig, given: Delivery, intake: Intake) -> pl.DataFrame:
@@ -44,7 +45,7 @@ def _read_items(config: DataConfig, given: Delivery, intake: Intake) -> pl.DataF
     for number, path in enumerate(given.files):
         for part in ahead(read_file(path, "items", config.format, config.item_columns, config.encoding)):
             intake.take(path, part)
-            clean = _clean_items(part.table, path, intake)
+            clean = _clean_items(part, path, intake)
             intake.save(clean.with_columns(pl.lit(number, pl.Int32).alias(_FILE)), "clean")
     intake.check_share()
     return intake.saved("clean")

@@ -36,8 +36,8 @@ def _day(milliseconds: int) -> str:
 def _spread(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
-    found = {f"p{round(100 * q)}": float(np.quantile(values, q)) for q in _QUANTILES}
-    return {"mean": round(float(values.mean()), 2)} | found
+    found = zip(_QUANTILES, np.quantile(values, _QUANTILES).tolist(), strict=True)
+    return {"mean": round(float(values.mean()), 2)} | {f"p{round(100 * q)}": value for q, value in found}
 
 
 def _repeats(users: NDArray[np.int32], items: NDArray[np.int32]) -> int:
@@ -58,21 +58,24 @@ def describe_events(events: Events) -> dict[str, Any]:
 
     events: ordered, with an event for each of their names.
     """
-    rows = events.rows
-    users, times = rows[tables.USER_ID].to_numpy(), rows[tables.TIMESTAMP].to_numpy()
-    same_user = users[1:] == users[:-1]
-    ties = int((same_user & (times[1:] == times[:-1])).sum())
-    repeats = _repeats(users, rows[tables.ITEM_ID].to_numpy())
-    starts = np.flatnonzero(np.concatenate([[True], ~same_user, [True]]))
-    by_user, by_item = np.diff(starts), events.counts(tables.ITEM_ID)
+    ties = same_users = repeats = 0
+    counts = [np.zeros(0, dtype=np.int64)]
+    for part in events.parts(by_user=True):
+        users, times = part[tables.USER_ID].to_numpy(), part[tables.TIMESTAMP].to_numpy()
+        same = users[1:] == users[:-1]
+        same_users += int(np.count_nonzero(same))
+        ties += int(np.count_nonzero(same & (times[1:] == times[:-1])))
+        repeats += _repeats(users, part[tables.ITEM_ID].to_numpy())
+        counts.append(np.diff(np.flatnonzero(np.concatenate([[True], ~same, [True]]))))
+    by_user, by_item, every = np.concatenate(counts), events.counts(tables.ITEM_ID), events.rows[tables.TIMESTAMP]
     most = np.argsort(-by_item, kind="stable")[:_TOP]
     return {
         "interactions": len(events),
         "users": len(by_user),
         "items_named": len(by_item),
-        "first_day": _day(int(times.min())),
-        "last_day": _day(int(times.max())),
-        "tie_share": _share(ties, int(same_user.sum())),
+        "first_day": _day(int(every.min())),  # type: ignore[arg-type]
+        "last_day": _day(int(every.max())),  # type: ignore[arg-type]
+        "tie_share": _share(ties, same_users),
         "repeat_share": _share(repeats, len(events)),
         "events_per_user": _spread(by_user),
         "events_per_item": _spread(by_item),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,13 +45,19 @@ class Part:
     """Some rows of a file: cells under the file's own names with the row numbers as ``ROW``; what is no row; and
     counts of what a format holds besides rows of ours.
 
-    tidy: no cell has a space, a control character or one outside ASCII.
+    tidy: no cell has a space, a control character or one outside ASCII; text: where some cells were read as numbers,
+    how to have all as they came, without ``ROW``.
     """
 
     table: pl.DataFrame
     rejected: list[Rejected]
     skipped: dict[str, int]
     tidy: bool = False
+    text: Callable[[], pl.DataFrame] | None = None
+
+    def given(self) -> pl.DataFrame:
+        """The table with its cells as they came."""
+        return self.table if self.text is None else self.text().with_columns(self.table[ROW])
 
 
 def _first_line(error: BaseException) -> str:

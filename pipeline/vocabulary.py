@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 _SEEDS = (secrets.randbits(64), secrets.randbits(64))  # which slot a text has depends on them, no result does
-_HASH, _CODE = 0, 1  # columns of the table
-_MOST = 1 << 19  # texts for all of which there is room in advance
-_LOW = np.uint64(0xFFFF_FFFF)
+MOST = 1 << 18  # texts for all of which there is room in advance
+_TAKEN = np.uint64(1)
+
+
+class Slots(NamedTuple):
+    """Where texts were found: codes[slots] are theirs.
+
+    slots: [n] int32; codes: [slots of the table] int32, what is found stays as it is. A code more would be read for
+    each text; so who has many of them asks for all in the end, or for what stands for them.
+    """
+
+    slots: NDArray[np.int32]
+    codes: NDArray[np.int32]
 
 
 class Vocabulary:
     """Gives each distinct text a code, from 0 on, and keeps the text once.
 
-    Open addressing with double hashing, written for whole arrays: 3 to 4 times as fast as sorting the hashes. Texts
-    are told apart by 95 bits of two hashes. A slot is a hash, whose highest bit says that it is taken, and the upper
-    half of the other hash, which is the step to the next slot too, with the code below it; at most two thirds of the
-    slots are taken.
+    Open addressing with double hashing, written for whole arrays. A text is told by 63 bits of one hash in the slots
+    that another one says: of n distinct texts two are taken for one with a probability of about n / 2**62. No more
+    than two thirds of the slots are taken.
     """
 
     def __init__(self) -> None:
         self._texts: list[pl.Series] = [pl.Series([], dtype=pl.String)]
-        self._slots = np.zeros((1 << 12, 2), dtype=np.uint64)
         self._count = 0
+        self._make(1 << 12)
 
     def __len__(self) -> int:
         return self._count
@@ -39,72 +48,81 @@ class Vocabulary:
 
     def encode(self, texts: pl.Series) -> NDArray[np.int32]:
         """A code [n] for each text, none of them null; those seen for the first time get the next ones."""
-        if len(texts) > _MOST:
-            parts = (texts[start : start + _MOST] for start in range(0, len(texts), _MOST))
-            return np.concatenate([self.encode(part) for part in parts])
-        hashes, others = (texts.hash(seed).to_numpy() for seed in _SEEDS)
+        parts = (self.look_up(texts[start : start + MOST]) for start in range(0, len(texts), MOST))
+        return np.concatenate([np.zeros(0, dtype=np.int32), *(codes.take(slots) for slots, codes in parts)])
+
+    def look_up(self, texts: pl.Series) -> Slots:
+        """As ``encode``, but the codes are not read yet; of no more than half a million texts."""
         self._reserve(len(texts))
-        codes, new = self._find(hashes | np.uint64(1 << 63), others & ~_LOW)
-        self._texts.append(texts.gather(new))
-        return codes
+        slots, new = self._find(*_hashes(texts))
+        if len(new):
+            self._texts.append(texts.gather(new))
+        return Slots(slots, self._codes)
 
     def _find(self, hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray]:
-        """A code [n] for each pair of hashes [n]; and the places of those whose codes are new, by code."""
-        last, new = len(self._slots) - 1, [np.zeros(0, dtype=np.int64)]
-        at = (hashes & np.uint64(last)).view(np.int64)
-        places, codes = None, np.zeros(0, dtype=np.int32)
-        while places is None or len(places):
-            found = self._slots.take(at, axis=0)
-            other = (found[:, _HASH] != hashes) | ((found[:, _CODE] ^ others) > _LOW)
-            known = (found[:, _CODE] & _LOW).astype(np.int32)
-            rest = np.flatnonzero(other)
-            if places is None:
-                codes, places = known, rest
-            else:
-                codes[places] = known
-                places = places[rest]
-            hashes, others, at, taken = hashes[rest], others[rest], at[rest], found[rest, _HASH] > 0
-            free = np.flatnonzero(~taken)
-            won = free[self._take(at[free], hashes[free], others[free])]
-            new.append(places[won])
-            at = _next(at, others, last, taken)  # who found a free slot looks again: an equal text may be there now
-        return codes, np.concatenate(new)
+        """The slot [n] of each pair of hashes [n]; and the places of those whose codes are new, by code."""
+        at = self._first(others)
+        rest = np.flatnonzero(self._hashes.take(at, mode="wrap") != hashes)
+        slots, new = at.astype(np.int32), [np.zeros(0, dtype=np.int64)]
+        hashes, at, step = hashes.take(rest), at.take(rest), _steps(others.take(rest))
+        while len(rest):
+            there = self._hashes.take(at, mode="wrap")
+            free = np.flatnonzero(there == 0)
+            if len(free):
+                codes = np.arange(self._count, self._count + len(free), dtype=np.int32)
+                slot, won = self._fill(at.take(free), hashes.take(free), codes)
+                self._codes[slot] = codes[: len(won)]  # without gaps
+                self._count += len(won)
+                new.append(rest.take(free.take(won)))
+                there[free] = self._hashes.take(at.take(free))  # an equal text may have been the first
+            same = there == hashes
+            found, left = np.flatnonzero(same), np.flatnonzero(~same)
+            slots[rest.take(found)] = at.take(found)
+            rest, hashes, step = rest.take(left), hashes.take(left), step.take(left)
+            at = (at.take(left) + step) & (len(self._hashes) - 1)
+        return slots, np.concatenate(new)
 
-    def _take(
-        self, at: NDArray[np.int64], hashes: NDArray[np.uint64], others: NDArray[np.uint64]
-    ) -> NDArray[np.int64]:
-        """Give those codes that find their slot free; their places, by code."""
-        won = _fill(self._slots, at, hashes, others | np.arange(len(at), dtype=np.uint64))
-        count = self._count + len(won)
-        self._slots[:, _CODE][at[won]] = others[won] | np.arange(self._count, count, dtype=np.uint64)
-        self._count = count
-        return won
+    def _fill(
+        self, at: NDArray[np.int64], hashes: NDArray[np.uint64], codes: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Write into free slots, of which several may be one; the slots, and the places of those that are there now.
+
+        codes: distinct.
+        """
+        self._codes[at] = codes
+        won = np.flatnonzero(self._codes.take(at) == codes)
+        at = at.take(won)
+        self._hashes[at] = hashes.take(won)
+        return at, won
+
+    def _make(self, slots: int) -> None:
+        self._hashes, self._codes = np.zeros(slots, dtype=np.uint64), np.zeros(slots, dtype=np.int32)
 
     def _reserve(self, more: int) -> None:
         wanted = (self._count + more) * 3 // 2
-        if wanted <= len(self._slots):
+        if wanted <= len(self._hashes):
             return
-        hashes, codes = self._slots[self._slots[:, _HASH] > 0].T
-        self._slots = np.zeros((1 << wanted.bit_length(), 2), dtype=np.uint64)
-        last = len(self._slots) - 1
-        at = (hashes & np.uint64(last)).view(np.int64)
+        self._make(1 << wanted.bit_length())  # who has slots of the table before keeps its codes
+        hashes, others = _hashes(self.texts)
+        codes, at, step = np.arange(self._count, dtype=np.int32), self._first(others), _steps(others)
         while len(at):
-            free = np.flatnonzero(self._slots[:, _HASH][at] == 0)
-            left = np.ones(len(at), dtype=bool)
-            left[free[_fill(self._slots, at[free], hashes[free], codes[free])]] = False
-            hashes, codes, at = hashes[left], codes[left], _next(at[left], codes[left], last, 1)
+            free = np.flatnonzero(self._hashes.take(at) == 0)
+            _, won = self._fill(at.take(free), hashes.take(free), codes.take(free))
+            left = np.delete(np.arange(len(at)), free.take(won))
+            hashes, codes, step = hashes.take(left), codes.take(left), step.take(left)
+            at = (at.take(left) + step) & (len(self._hashes) - 1)
+
+    def _first(self, others: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The slot to look at first."""
+        return (others & np.uint64(len(self._hashes) - 1)).view(np.int64)
 
 
-def _next(at: NDArray[np.int64], others: NDArray[np.uint64], last: int, further: Any) -> NDArray[np.int64]:
-    """The slots to look at next: an odd step, so that all are come by in the end."""
-    return (at + ((others >> 32).view(np.int64) | 1) * further) & last
+def _steps(others: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """How much further the next slot to look at is, each time: odd, so that all are come by in the end."""
+    return (others >> 32 | 1).view(np.int64)
 
 
-def _fill(slots: NDArray[np.uint64], at: NDArray[np.int64], hashes: NDArray, codes: NDArray) -> NDArray[np.int64]:
-    """Write into free slots, of which several may be one; the places of those that are there: the last of a slot.
-
-    ``codes`` are distinct.
-    """
-    slots[:, _HASH][at] = hashes
-    slots[:, _CODE][at] = codes
-    return np.flatnonzero(slots[:, _CODE][at] == codes)
+def _hashes(texts: pl.Series) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Two [n] of texts; the first is never zero, which is a free slot."""
+    first, second = (texts.hash(seed).to_numpy() for seed in _SEEDS)
+    return first | _TAKEN, second

@@ -47,6 +47,15 @@ class Digest:
         self._state.update(data)
         return self
 
+    def add_parts(self, length: int, parts: Iterable[memoryview]) -> Digest:
+        """As ``add`` of buffers joined, of ``length`` bytes in all; returns itself."""
+        self._state.update(length.to_bytes(8, "little"))
+        for part in parts:
+            length -= part.nbytes
+            self._state.update(part.cast("B"))
+        assert not length, "as many bytes as were told"
+        return self
+
     def hexdigest(self) -> str:
         """32 hexadecimal characters."""
         digest: bytes = self._state.digest()

@@ -29,6 +29,7 @@ KEEPERS = {
     "polars": {
         "pipeline/cache.py",
         "pipeline/cleanup.py",
+        "pipeline/coding.py",
         "pipeline/columns.py",
         "pipeline/dataset.py",
         "pipeline/delimited.py",

@@ -78,6 +78,38 @@ def test_blocks_are_read_as_pyarrow_reads_the_whole(tmp_path, file, block):
     assert found == read(whole(path, shape))
 
 
+TIMES = ["12", "12", "1500000000", "-3", "007", "+4", "", " 6", "5.0", "1" * 25, "x"]
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    times=st.lists(st.sampled_from(TIMES), min_size=1, max_size=30),
+    few=st.integers(1, len(TIMES)),
+    last=st.booleans(),
+    quoted=st.booleans(),
+    block=st.integers(40, 99),
+)
+def test_numbers_are_those_of_the_cells_as_they_came(tmp_path, times, few, last, quoted, block):
+    times = [TIMES[TIMES.index(time) % few] for time in times]
+    cell = '"{}"' if quoted else "{}"
+    lines = [f"{cell.format('u')},{time}" if last else f"{time},{cell.format('u')}" for time in times]
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join(["user,time" if last else "time,user", *lines]) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delimited, "_READ", block)
+        typed = list(read_delimited(path, Delimited(), "utf-8", frozenset({"time", "other"})))
+    text = pl.concat(part.table for part in read_delimited(path, Delimited(), "utf-8"))
+    assert pl.concat(part.given() for part in typed).equals(text)
+    assert not any(part.rejected for part in typed)
+    for part in typed:
+        numbers = part.table["time"]
+        assert numbers.dtype == (pl.Int64 if part.text else pl.String)
+        cells = text.filter(text[ROW].is_in(part.table[ROW].implode()))["time"]
+        assert numbers.equals(cells.str.strip_chars().cast(pl.Int64) if part.text else cells)
+    if few <= 5:
+        assert all(part.text for part in typed if part.table.height)
+
+
 LOG = pl.DataFrame({"user": ["u1", "u2", "u1"] * 40, "item": ["i7", "", "i9"] * 40, "time": ["12", "13", "14"] * 40})
 
 

@@ -6,11 +6,14 @@ from unittest.mock import patch
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.digests import new_digest
 from pipeline.events import EventBuilder, Events, order_events
+from pipeline.profile import describe_events
 from schemas import tables
 from schemas.hashing import tie_hashes
 
@@ -53,6 +56,41 @@ def test_events_are_ordered_by_user_then_time_then_what_knows_nothing(rows, sequ
 
     assert plain(ordered) == sorted(set(rows), key=key)
     assert copies == len(rows) - len(set(rows))
+
+
+def everything(events: Events) -> tuple:
+    digest = new_digest()
+    events.digest_into(digest)
+    return (
+        digest.hexdigest(),
+        describe_events(events),
+        plain(events),
+        pa.concat_tables(events.slices(True)).to_pylist(),
+    )
+
+
+@given(rows=st.lists(st.tuples(IDS, IDS, st.integers(1, 4)), min_size=1, max_size=40), few=st.integers(1, 20))
+def test_where_rows_are_cut_makes_no_difference(rows, few):
+    rows = [(*row, None) for row in rows]
+    whole = everything(order_events(build(rows))[0])
+    with patch.multiple("pipeline.events", _PIECE=few, _AT_ONCE=few, _FEW=few):
+        cut, _ = order_events(build(rows, parts=min(7, len(rows))))
+        assert all(part.height >= few for part in list(cut.parts())[:-1])
+        assert everything(cut) == whole
+
+
+def test_a_column_may_be_missing_in_any_part():
+    given = [pl.lit(None), pl.lit(None, pl.String), pl.Series(["b", None]), pl.Series(["a", "b"]), pl.lit(None)]
+    table = pl.DataFrame(
+        {"user_id": ["u", "v"], "item_id": ["i", "i"], "timestamp": [1, 2], "sequence": [None, None]}
+    )
+    for parts, event in ((given, [None] * 4 + ["b", None, "a", "b"] + [None] * 2), (given[:2], [None] * 4)):
+        builder = EventBuilder()
+        for each in parts:
+            builder.add(table.with_columns(event=each, label=pl.lit(None)))
+        events = builder.build()
+        assert [row[4] for part in events.slices() for row in pl.DataFrame(part).rows()] == event
+        assert (events.rows["event"].dtype == pl.Null) == (parts is not given)
 
 
 @pytest.mark.parametrize("dictionary", [False, True])

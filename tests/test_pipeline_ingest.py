@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 
 import polars as pl
 import pytest
@@ -67,6 +68,15 @@ def test_bad_rows_are_quarantined_with_file_row_reason_and_raw(prepare):
     assert '"yesterday"' in rows[-1]["raw"]
     with pytest.raises(DataError, match=r"4 of 5 rows rejected.*reject_share = 0.01; first row 2: empty user_id"):
         prepare(events=events)
+
+
+def test_times_read_as_numbers_are_quarantined_as_they_came(prepare):
+    events = {"user_id": ["u", "", "v"], "item_id": ["a", "a", "c"], "timestamp": ["1", "007", "99999999999999999"]}
+    clean = prepare(events=events, reject_share=1.0)
+    assert [(row["row"], row["reason"], json.loads(row["raw"])) for row in clean.quarantine.to_dicts()] == [
+        (2, "empty user_id", {"user_id": "", "item_id": "a", "timestamp": "007"}),
+        (3, "timestamp is in the future", {"user_id": "v", "item_id": "c", "timestamp": "99999999999999999"}),
+    ]
 
 
 def test_copies_are_filtered_and_contradictions_quarantined(prepare):

@@ -10,12 +10,18 @@ from hypothesis import strategies as st
 from pipeline.vocabulary import Vocabulary
 
 
-@given(parts=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=60), max_size=4), alike=st.integers(1, 31))
-def test_texts_whose_first_hashes_agree_have_codes_of_their_own(parts, alike):
+@given(
+    parts=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=60), max_size=4),
+    alike=st.integers(1, 31),
+    first=st.booleans(),
+)
+def test_texts_of_which_one_hash_agrees_have_codes_of_their_own(parts, alike, first):
     vocabulary, seen = Vocabulary(), {}
     for part in parts:
         texts, before = np.array(part, dtype=np.uint64), len(vocabulary)
-        codes, new = vocabulary._find(texts % alike | 1 << 63, texts << 32)
+        hashes, others = (texts % alike, texts) if first else (texts, texts % alike | texts << 32)
+        slots, new = vocabulary._find(hashes << 1 | 1, others)
+        codes = vocabulary._codes[slots]
         assert [seen.setdefault(text, code) for text, code in zip(part, codes, strict=True)] == codes.tolist()
         assert codes[new].tolist() == list(range(before, len(vocabulary)))
     assert sorted(seen.values()) == list(range(len(vocabulary)))
@@ -32,3 +38,14 @@ def test_a_growing_vocabulary_keeps_each_text_once_by_its_code():
     assert len(vocabulary) == len(vocabulary.texts) == pl.concat(texts).n_unique()
     assert all(vocabulary.texts.gather(found).equals(part) for found, part in zip(codes, texts, strict=True))
     assert vocabulary.encode(pl.Series([], dtype=pl.String)).tolist() == []
+
+
+def test_slots_keep_their_codes_while_the_table_grows():
+    vocabulary = Vocabulary()
+    texts = [pl.Series([f"{number}" for number in range(start, start + 3_000)]) for start in range(0, 30_000, 1_000)]
+    found = [vocabulary.look_up(part) for part in texts]
+    assert len({id(codes) for _, codes in found}) > 3
+    assert all(
+        vocabulary.texts.gather(codes.take(slots)).equals(part)
+        for (slots, codes), part in zip(found, texts, strict=True)
+    )

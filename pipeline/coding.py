@@ -1,0 +1,99 @@
+"""A column of texts as numbers: each text as its place among the distinct ones, sorted when all have come."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.vocabulary import MOST, Vocabulary
+
+
+class Named(NamedTuple):
+    """names: the distinct texts, the given ones that are among them before the others, each sorted; codes: in these,
+    Null where all are missing; known: of the names, those that were given."""
+
+    names: pa.Array
+    codes: pl.Series
+    known: int
+
+
+class _Part(NamedTuple):
+    """Texts of a column: the code of each is that of its slot; and which are missing, None for none."""
+
+    slots: NDArray[np.int32]
+    codes: NDArray[np.int32]
+    missing: NDArray[np.bool_] | None
+
+
+class Column:
+    """Texts of one column on their way to codes, in a thread beside the reader."""
+
+    def __init__(self) -> None:
+        self._thread, self._vocabulary = ThreadPoolExecutor(1), Vocabulary()
+        self._parts: list[Future[list[_Part]]] = []
+
+    def add(self, texts: pl.Series) -> None:
+        for before in self._parts[-2:-1]:
+            before.result()  # at most three parts of texts at once
+        self._parts.append(self._thread.submit(_looked_up, self._vocabulary, texts))
+
+    def build(self, given: pl.Series) -> Future[Named]:
+        """Of all parts."""
+        parts = [part for done in self._parts for part in done.result()]
+        built = self._thread.submit(_named, self._vocabulary, parts, given)
+        self._thread.shutdown(wait=False)
+        return built
+
+
+def _looked_up(vocabulary: Vocabulary, texts: pl.Series) -> list[_Part]:
+    if texts.dtype == pl.Null:
+        slots, missing = np.broadcast_to(np.int32(0), len(texts)), np.broadcast_to(True, len(texts))
+        return [_Part(slots, np.zeros(0, dtype=np.int32), missing)]
+    return [_part(vocabulary, part.to_series()) for part in texts.cast(pl.String).to_frame().iter_slices(MOST)]
+
+
+def _part(vocabulary: Vocabulary, texts: pl.Series) -> _Part:
+    if not texts.null_count():
+        return _Part(*vocabulary.look_up(texts), None)
+    missing, slots = texts.is_null().to_numpy(), np.zeros(len(texts), dtype=np.int32)
+    slots[~missing], codes = vocabulary.look_up(texts.drop_nulls())
+    return _Part(slots, codes, missing)
+
+
+def _named(vocabulary: Vocabulary, parts: list[_Part], given: pl.Series) -> Named:
+    seen, other = len(vocabulary), np.ones(len(vocabulary), dtype=bool)
+    found = vocabulary.encode(given)
+    known, first = found[found < seen], given.filter(pl.Series(found < seen))
+    other[known] = False
+    others = vocabulary.texts[:seen].filter(pl.Series(other)).sort()
+    rank = np.zeros(len(vocabulary) + 1, dtype=np.int32)
+    rank[known] = np.arange(len(known), dtype=np.int32)
+    rank[vocabulary.encode(others)] = np.arange(len(known), seen, dtype=np.int32)
+    names = pl.concat([first, others]).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+    return Named(names, _ranked(rank, parts), len(known))
+
+
+def _ranked(rank: NDArray[np.int32], parts: list[_Part]) -> pl.Series:
+    """The rank of each code of the parts, which are spent, a chunk a part."""
+    if not any(len(part.codes) for part in parts):
+        return _nothing(sum(len(part.slots) for part in parts))
+    found, table, ranks = [], rank[:0], np.zeros(1, dtype=np.int32)
+    for slots, codes, missing in parts:
+        if codes is not table and len(codes):  # a larger one from here on
+            table, ranks = codes, rank.take(codes, mode="clip")
+        own = slots if slots.flags.writeable else slots.copy()
+        ranks.take(own, out=own, mode="clip")  # into their memory: new memory takes longer than the look-up
+        found.append(pa.array(own, mask=missing))
+    places = pa.chunked_array(found, pa.int32())
+    return (
+        _nothing(len(places)) if places.null_count == len(places) else pl.Series(pl.from_arrow(places, rechunk=False))
+    )
+
+
+def _nothing(count: int) -> pl.Series:
+    return pl.Series([None], dtype=pl.Null).new_from_index(0, count)
