@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.columns import nothing
 from pipeline.vocabulary import MOST, Vocabulary
 
 
@@ -23,7 +24,10 @@ class Named(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Texts of a column: the code of each is that of its slot; and which are missing, None for none."""
+    """Texts of a column: the code of each is that of its slot; no codes where all are missing.
+
+    missing: which are, None for none.
+    """
 
     slots: NDArray[np.int32]
     codes: NDArray[np.int32]
@@ -44,16 +48,17 @@ class Column:
 
     def build(self, given: pl.Series) -> Future[Named]:
         """Of all parts."""
-        parts = [part for done in self._parts for part in done.result()]
-        built = self._thread.submit(_named, self._vocabulary, parts, given)
+        built = self._thread.submit(lambda: _named(self._vocabulary, self._all(), given))
         self._thread.shutdown(wait=False)
         return built
 
+    def _all(self) -> list[_Part]:
+        return [part for done in self._parts for part in done.result()]
+
 
 def _looked_up(vocabulary: Vocabulary, texts: pl.Series) -> list[_Part]:
-    if texts.dtype == pl.Null:
-        slots, missing = np.broadcast_to(np.int32(0), len(texts)), np.broadcast_to(True, len(texts))
-        return [_Part(slots, np.zeros(0, dtype=np.int32), missing)]
+    if texts.null_count() == len(texts):
+        return [_Part(np.broadcast_to(np.int32(0), len(texts)), np.zeros(0, dtype=np.int32), None)]
     return [_part(vocabulary, part.to_series()) for part in texts.cast(pl.String).to_frame().iter_slices(MOST)]
 
 
@@ -71,7 +76,7 @@ def _named(vocabulary: Vocabulary, parts: list[_Part], given: pl.Series) -> Name
     known, first = found[found < seen], given.filter(pl.Series(found < seen))
     other[known] = False
     others = vocabulary.texts[:seen].filter(pl.Series(other)).sort()
-    rank = np.zeros(len(vocabulary) + 1, dtype=np.int32)
+    rank = np.zeros(len(vocabulary), dtype=np.int32)
     rank[known] = np.arange(len(known), dtype=np.int32)
     rank[vocabulary.encode(others)] = np.arange(len(known), seen, dtype=np.int32)
     names = pl.concat([first, others]).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
@@ -81,19 +86,14 @@ def _named(vocabulary: Vocabulary, parts: list[_Part], given: pl.Series) -> Name
 def _ranked(rank: NDArray[np.int32], parts: list[_Part]) -> pl.Series:
     """The rank of each code of the parts, which are spent, a chunk a part."""
     if not any(len(part.codes) for part in parts):
-        return _nothing(sum(len(part.slots) for part in parts))
-    found, table, ranks = [], rank[:0], np.zeros(1, dtype=np.int32)
+        return nothing("", sum(len(part.slots) for part in parts))
+    found, table, ranks = [], rank[:0], rank
     for slots, codes, missing in parts:
-        if codes is not table and len(codes):  # a larger one from here on
-            table, ranks = codes, rank.take(codes, mode="clip")
-        own = slots if slots.flags.writeable else slots.copy()
-        ranks.take(own, out=own, mode="clip")  # into their memory: new memory takes longer than the look-up
-        found.append(pa.array(own, mask=missing))
-    places = pa.chunked_array(found, pa.int32())
-    return (
-        _nothing(len(places)) if places.null_count == len(places) else pl.Series(pl.from_arrow(places, rechunk=False))
-    )
-
-
-def _nothing(count: int) -> pl.Series:
-    return pl.Series([None], dtype=pl.Null).new_from_index(0, count)
+        if not len(codes):
+            found.append(pa.nulls(len(slots), pa.int32()))
+            continue
+        if codes is not table:  # a larger one from here on
+            table, ranks = codes, rank.take(codes)
+        ranks.take(slots, out=slots, mode="clip")  # into their memory: new memory takes longer than the look-up
+        found.append(pa.array(slots, mask=missing))
+    return pl.Series(pl.from_arrow(pa.chunked_array(found, pa.int32()), rechunk=False))

@@ -95,6 +95,11 @@ def time_reasons(name: str) -> list[Reason]:
     ]
 
 
+def nothing(name: str, rows: int) -> pl.Series:
+    """A column that is not there: of type Null."""
+    return pl.Series(name, [None], dtype=pl.Null).new_from_index(0, rows)
+
+
 def as_flag(column: pl.Series, path: Path) -> pl.Series:
     """``available`` as a boolean: true where it is not given, null where it cannot be read."""
     dtype = column.dtype

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from pipeline.catalog import SLICE_ROWS
 from pipeline.columns import as_milliseconds
-from pipeline.digests import new_digest
-from pipeline.events import EventBuilder, Events, add_texts
+from pipeline.digests import add_texts, new_digest
+from pipeline.events import EventBuilder, Events
 from pipeline.files import next_created_at, record_id, write_file, write_record
 from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.ingest import CleanTables

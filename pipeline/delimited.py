@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.csv as pc
 from numpy.typing import NDArray
 
-from pipeline.readers import ROW, Part, Rejected, ahead, as_text, check_encoding, is_text, named, open_bytes
+from pipeline.readers import ROW, Part, Rejected, ahead, as_text, check_encoding, is_text, named, open_bytes, threads
 from schemas.errors import DataError
 
 BLOCK = 16 << 20  # bytes that pyarrow parses at once; a row must fit into two of them
@@ -40,20 +40,22 @@ class Delimited:
 
 
 def _blocks_of(file: Any) -> Iterator[bytes]:
-    """The bytes of a file, each block read and unpacked in a thread while the one before is looked at."""
-    return ahead(iter(lambda: file.read(_READ), b""))
+    """The bytes of a file, each block read and unpacked in a thread while the one before is looked at.
 
+    Cut behind line ends; but for the last, and for lines too long for any reader.
+    """
 
-def _line_blocks(file: Any) -> Iterator[bytes]:
-    """The same, not in a thread, cut behind line ends; but for the last, and for lines too long for any reader."""
-    left: list[bytes] = []
-    while data := file.read(_READ):
-        end = data.rfind(b"\n") + 1
-        if end or sum(map(len, left)) > 2 * BLOCK:
-            yield b"".join([*left, memoryview(data)[:end]])
-            left = []
-        left.append(data[end:])
-    yield b"".join(left)
+    def blocks() -> Iterator[bytes]:
+        left: list[bytes] = []
+        while data := file.read(_READ):
+            end = data.rfind(b"\n") + 1
+            if end or sum(map(len, left)) > 2 * BLOCK:
+                yield b"".join([*left, memoryview(data)[:end]])
+                left = []
+            left.append(data[end:])
+        yield b"".join(left)
+
+    return ahead(filter(None, blocks()))
 
 
 class _Rest:
@@ -95,7 +97,7 @@ def read_delimited(
             yield from _whole(path, shape, encoding, masked=False)
             return
         with open_bytes(path) as file:
-            blocks = ahead(filter(None, _line_blocks(file)))
+            blocks = _blocks_of(file)
             data = next(blocks, b"")
             head = 0 if shape.names else data.find(b"\n") + 1
             names = list(shape.names or _plain_names(data[:head], shape))
@@ -112,7 +114,7 @@ def _blocks(
 ) -> Iterator[Part]:
     """UTF-8 lines without a header, a block at a time; all that is left as one stream where a quote needs care."""
     start, coming = 1, deque[tuple[bytes, Future[Part | None]]]()
-    with ThreadPoolExecutor(_AHEAD) as pool:
+    with threads(_AHEAD) as pool:
         while True:
             while len(coming) <= _AHEAD and (block := next(blocks, None)):
                 coming.append((block, pool.submit(_plain, block, shape, names, numbers)))

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from blake3 import blake3
 
 from schemas.hashing import DIGEST_BYTES, Digest, hash_bytes
@@ -18,6 +20,17 @@ BLOCK_BYTES = 1 << 23
 def new_digest() -> Digest:
     """A running digest as ``Digest``, of BLAKE3."""
     return Digest(blake3())
+
+
+def add_texts(digest: Digest, texts: pa.Array) -> None:
+    """Add the lengths of texts, -1 for none, and their bytes, so that equal texts give equal digests."""
+    values = texts.cast(pa.large_string()).fill_null("")
+    offsets = np.frombuffer(values.buffers()[1] or b"\0" * 8, dtype=np.int64)[values.offset :][: len(values) + 1]
+    lengths = np.diff(offsets)
+    if texts.null_count:
+        lengths[texts.is_null().to_numpy(zero_copy_only=False)] = -1
+    digest.add(lengths.astype("<i8", copy=False).data)
+    digest.add(np.frombuffer(values.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]].data)
 
 
 def is_old(digest: str) -> bool:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.coding import Column
+from pipeline.digests import add_texts
 from schemas import tables
 from schemas.hashing import Digest, tie_hashes
 
@@ -78,14 +79,14 @@ class Events:
         places = pl.Series(column, np.cumsum(used, dtype=np.int32) - 1)
         return names.filter(pa.array(used)), places.gather(codes)
 
-    def parts(self, by_user: bool = False) -> Iterator[pl.DataFrame]:
-        """The rows, cut about as they lie in memory. by_user: only where another user begins."""
+    def parts(self, most: int | None = None, by_user: bool = False) -> Iterator[pl.DataFrame]:
+        """The rows, cut about as they lie in memory; of ``most`` at once. by_user: cut where another user begins."""
         users, start = self.rows[tables.USER_ID], 0
         for end in np.cumsum(users.chunk_lengths()).tolist():
             inside = end < len(users)
             if inside and (end - start < _FEW or (by_user and users[end - 1] == users[end])):
                 continue
-            yield self.rows[start:end]
+            yield from self.rows[start:end].iter_slices(most or max(1, end - start))
             start = end
 
     def slices(self, dictionary: bool = False) -> Iterator[pa.Table]:
@@ -101,7 +102,7 @@ class Events:
         nothing = {
             f.name: pa.nulls(min(SLICE, len(self)), f.type) for f in schema if self.rows[f.name].dtype == pl.Null
         }
-        for part in (part for whole in self.parts() for part in whole.iter_slices(SLICE)):
+        for part in self.parts(SLICE):
             arrays = []
             for field in schema:
                 column = part[field.name]
@@ -128,19 +129,7 @@ class Events:
                 digest.add(f"no {column}")
                 continue
             digest.add(values.is_null().to_numpy().astype(np.uint8).data if values.null_count() else b"")
-            size = len(values) * np.dtype(np.int32 if dtype == pl.Int32 else np.int64).itemsize
-            digest.add_parts(size, (_contiguous(part[column], dtype) for part in self.parts()))
-
-
-def add_texts(digest: Digest, texts: pa.Array) -> None:
-    """Add the lengths of texts, -1 for none, and their bytes, so that equal texts give equal digests."""
-    values = texts.cast(pa.large_string()).fill_null("")
-    offsets = np.frombuffer(values.buffers()[1] or b"\0" * 8, dtype=np.int64)[values.offset :][: len(values) + 1]
-    lengths = np.diff(offsets)
-    if texts.null_count:
-        lengths[texts.is_null().to_numpy(zero_copy_only=False)] = -1
-    digest.add(lengths.astype("<i8", copy=False).data)
-    digest.add(np.frombuffer(values.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]].data)
+            digest.add_parts([_contiguous(part[column], dtype) for part in self.parts()])
 
 
 def _contiguous(values: pl.Series, dtype: Any) -> memoryview:
@@ -171,14 +160,11 @@ class EventBuilder:
         coming = {
             name: taken.build(items if name == tables.ITEM_ID else items[:0]) for name, taken in self._columns.items()
         }
-        plain = {name: _SCHEMA[name] for name in (tables.TIMESTAMP, tables.SEQUENCE, tables.LABEL)}
-        others = pl.concat([pl.DataFrame(schema=dict.fromkeys(plain, pl.Null)), *self._plain], how="vertical_relaxed")
+        none = pl.DataFrame(schema={tables.TIMESTAMP: pl.Int64, tables.SEQUENCE: pl.Null, tables.LABEL: pl.Null})
+        plain = pl.concat([none, *self._plain], how="vertical_relaxed")
         self._plain, self._columns = [], {}
         found = {name: built.result() for name, built in coming.items()}
-        columns = {name: built.codes.alias(name) for name, built in found.items()}
-        columns |= {name: others[name] for name in plain} | {
-            tables.TIMESTAMP: others[tables.TIMESTAMP].cast(pl.Int64)
-        }
+        columns = plain.to_dict() | {name: built.codes.alias(name) for name, built in found.items()}
         rows = pl.DataFrame([columns[name] for name in _SCHEMA])  # polars' own ways copy what lies in other chunks
         return Events(rows, {name: built.names for name, built in found.items()}), found[tables.ITEM_ID].known
 
@@ -291,8 +277,7 @@ def _ranges(events: Events, pool: ThreadPoolExecutor) -> list[list[pl.DataFrame]
         ends = np.cumsum(np.bincount(of, minlength=len(bounds) + 1)).tolist()
         return [part[start:end] for start, end in pairwise([0, *ends])]
 
-    pieces = (piece for part in events.parts() for piece in part.iter_slices(_PIECE))
-    return list(map(list, zip(*pool.map(cut, pieces), strict=True)))
+    return list(map(list, zip(*pool.map(cut, events.parts(_PIECE)), strict=True)))
 
 
 def _ordered(rows: pl.DataFrame, names: dict[str, pa.Array]) -> pl.DataFrame:

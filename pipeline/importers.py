@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -218,8 +217,10 @@ def _renamed(table: pl.DataFrame, columns: dict[str, str], only: bool) -> pl.Dat
     return table.select(kept).rename(taken)
 
 
-def _after(text: Callable[[], pl.DataFrame], renamed: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
-    return renamed(text())
+def _ours(part: Part, columns: dict[str, str], only: bool) -> Part:
+    text = part.text
+    as_given = None if text is None else lambda: _renamed(text(), columns, only)
+    return replace(part, table=_renamed(part.table, columns, only), text=as_given)
 
 
 def read_file(path: Path, kind: Kind, form: Format, columns: dict[str, str], encoding: str) -> Iterator[Part]:
@@ -236,9 +237,8 @@ def read_file(path: Path, kind: Kind, form: Format, columns: dict[str, str], enc
     elif ending == ".parquet":
         parts = read_parquet(path)
     else:
-        times = (
-            {merged.get(tables.TIMESTAMP, tables.TIMESTAMP)} if kind == "interactions" and not layout.expand else ()
-        )
+        plain = kind == "interactions" and not layout.expand
+        times = [merged.get(tables.TIMESTAMP, tables.TIMESTAMP)] if plain else []
         parts = read_delimited(path, layout.shape, encoding, frozenset(times))
     for part in parts:
         ours = layout.expand(part) if layout.expand and ending != ".parquet" else part
@@ -246,9 +246,7 @@ def read_file(path: Path, kind: Kind, form: Format, columns: dict[str, str], enc
         if missing and not json:
             found = [name for name in ours.table.columns if name != ROW]
             raise DataError(f"{path}: columns {missing} are missing; found {found}")
-        renamed = partial(_renamed, columns=merged, only=layout.only)
-        text = ours.text and partial(_after, ours.text, renamed)
-        yield replace(ours, table=renamed(ours.table), text=text)
+        yield _ours(ours, merged, layout.only)
 
 
 def bare_scan(path: Path, out: Path, order: list[str]) -> None:

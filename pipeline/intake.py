@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.columns import Reason
+from pipeline.columns import Reason, nothing
 from pipeline.filters import FilterConfig
 from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.importers import Format, Kind
@@ -95,9 +95,8 @@ class Intake:
 
     def split(self, part: Part, clean: pl.DataFrame, reasons: list[Reason], path: Path) -> pl.DataFrame:
         """The rows of ``clean`` that no reason holds for; the others are put aside as they came, with the first."""
-        given = [
-            name for name, dtype in clean.schema.items() if dtype != pl.Null
-        ]  # their one chunk has polars copy all
+        # a Null column has one chunk, for which polars would copy all others
+        given = [name for name, dtype in clean.schema.items() if dtype != pl.Null]
         wrong = clean[given].select(wrong=pl.any_horizontal(condition for condition, _ in reasons)).to_series()
         if not wrong.any():
             return clean
@@ -129,11 +128,7 @@ class Intake:
 
 def column_of(table: pl.DataFrame, name: str) -> pl.Series:
     """A column, or one of type Null when it is not there."""
-    return (
-        table[name]
-        if name in table.columns
-        else pl.Series(name, [None], dtype=pl.Null).new_from_index(0, table.height)
-    )
+    return table[name] if name in table.columns else nothing(name, table.height)
 
 
 def require(table: pl.DataFrame, names: list[str], path: Path) -> None:

@@ -124,9 +124,23 @@ def as_text(table: pl.DataFrame) -> tuple[pl.DataFrame, list[Rejected]]:
     return text, rejected
 
 
+@contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool for a generator, left without waiting for its threads.
+
+    A generator that an error left behind is closed by the garbage collector, which may come while that very thread
+    holds the lock of ``threading`` that joining a thread takes: it would wait for itself.
+    """
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def ahead(parts: Iterator[T]) -> Iterator[T]:
     """The same, the next one read in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
+    with threads(1) as pool:
         coming = pool.submit(next, parts, None)
         while (part := coming.result()) is not None:
             coming = pool.submit(next, parts, None)

@@ -17,8 +17,8 @@ _TAKEN = np.uint64(1)
 class Slots(NamedTuple):
     """Where texts were found: codes[slots] are theirs.
 
-    slots: [n] int32; codes: [slots of the table] int32, what is found stays as it is. A code more would be read for
-    each text; so who has many of them asks for all in the end, or for what stands for them.
+    slots: [n] int32; codes: [slots of the table] int32, which stay as they are where a text is. Who maps codes to
+    something else maps the table once, and reads it once for each text.
     """
 
     slots: NDArray[np.int32]
@@ -52,7 +52,7 @@ class Vocabulary:
         return np.concatenate([np.zeros(0, dtype=np.int32), *(codes.take(slots) for slots, codes in parts)])
 
     def look_up(self, texts: pl.Series) -> Slots:
-        """As ``encode``, but the codes are not read yet; of no more than half a million texts."""
+        """As ``encode``, but the codes are not read yet; of no more than ``MOST`` texts."""
         self._reserve(len(texts))
         slots, new = self._find(*_hashes(texts))
         if len(new):
@@ -61,65 +61,48 @@ class Vocabulary:
 
     def _find(self, hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray]:
         """The slot [n] of each pair of hashes [n]; and the places of those whose codes are new, by code."""
-        at = self._first(others)
+        last = len(self._hashes) - 1
+        at = (others & np.uint64(last)).view(np.int64)
         rest = np.flatnonzero(self._hashes.take(at, mode="wrap") != hashes)
         slots, new = at.astype(np.int32), [np.zeros(0, dtype=np.int64)]
-        hashes, at, step = hashes.take(rest), at.take(rest), _steps(others.take(rest))
+        hashes, at = hashes.take(rest), at.take(rest)
+        step = (others.take(rest) >> 32 | 1).view(np.int64)  # odd, so that all slots are come by in the end
         while len(rest):
             there = self._hashes.take(at, mode="wrap")
             free = np.flatnonzero(there == 0)
             if len(free):
-                codes = np.arange(self._count, self._count + len(free), dtype=np.int32)
-                slot, won = self._fill(at.take(free), hashes.take(free), codes)
-                self._codes[slot] = codes[: len(won)]  # without gaps
-                self._count += len(won)
+                won = self._fill(at.take(free), hashes.take(free))
                 new.append(rest.take(free.take(won)))
                 there[free] = self._hashes.take(at.take(free))  # an equal text may have been the first
             same = there == hashes
             found, left = np.flatnonzero(same), np.flatnonzero(~same)
             slots[rest.take(found)] = at.take(found)
             rest, hashes, step = rest.take(left), hashes.take(left), step.take(left)
-            at = (at.take(left) + step) & (len(self._hashes) - 1)
+            at = (at.take(left) + step) & last
         return slots, np.concatenate(new)
 
-    def _fill(
-        self, at: NDArray[np.int64], hashes: NDArray[np.uint64], codes: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Write into free slots, of which several may be one; the slots, and the places of those that are there now.
-
-        codes: distinct.
-        """
+    def _fill(self, at: NDArray[np.int64], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Give the next codes to free slots, of which several may be one; the places of those that are there now."""
+        codes = np.arange(self._count, self._count + len(at), dtype=np.int32)
         self._codes[at] = codes
         won = np.flatnonzero(self._codes.take(at) == codes)
         at = at.take(won)
         self._hashes[at] = hashes.take(won)
-        return at, won
+        self._codes[at] = codes[: len(won)]  # without gaps
+        self._count += len(won)
+        return won
 
     def _make(self, slots: int) -> None:
         self._hashes, self._codes = np.zeros(slots, dtype=np.uint64), np.zeros(slots, dtype=np.int32)
 
     def _reserve(self, more: int) -> None:
-        wanted = (self._count + more) * 3 // 2
+        wanted, count = (self._count + more) * 3 // 2, self._count
         if wanted <= len(self._hashes):
             return
         self._make(1 << wanted.bit_length())  # who has slots of the table before keeps its codes
-        hashes, others = _hashes(self.texts)
-        codes, at, step = np.arange(self._count, dtype=np.int32), self._first(others), _steps(others)
-        while len(at):
-            free = np.flatnonzero(self._hashes.take(at) == 0)
-            _, won = self._fill(at.take(free), hashes.take(free), codes.take(free))
-            left = np.delete(np.arange(len(at)), free.take(won))
-            hashes, codes, step = hashes.take(left), codes.take(left), step.take(left)
-            at = (at.take(left) + step) & (len(self._hashes) - 1)
-
-    def _first(self, others: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The slot to look at first."""
-        return (others & np.uint64(len(self._hashes) - 1)).view(np.int64)
-
-
-def _steps(others: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """How much further the next slot to look at is, each time: odd, so that all are come by in the end."""
-    return (others >> 32 | 1).view(np.int64)
+        slots, _ = self._find(*_hashes(self.texts))
+        self._codes[slots] = np.arange(count, dtype=np.int32)
+        self._count = count
 
 
 def _hashes(texts: pl.Series) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

@@ -42,18 +42,13 @@ class Digest:
 
     def add(self, part: bytes | memoryview | str) -> Digest:
         """Add one part (bytes, a buffer, or text as UTF-8); returns itself."""
-        data = memoryview(part.encode() if isinstance(part, str) else part).cast("B")
-        self._state.update(len(data).to_bytes(8, "little"))
-        self._state.update(data)
-        return self
+        return self.add_parts([memoryview(part.encode() if isinstance(part, str) else part)])
 
-    def add_parts(self, length: int, parts: Iterable[memoryview]) -> Digest:
-        """As ``add`` of buffers joined, of ``length`` bytes in all; returns itself."""
-        self._state.update(length.to_bytes(8, "little"))
+    def add_parts(self, parts: Sequence[memoryview]) -> Digest:
+        """As ``add`` of buffers joined; returns itself."""
+        self._state.update(sum(part.nbytes for part in parts).to_bytes(8, "little"))
         for part in parts:
-            length -= part.nbytes
             self._state.update(part.cast("B"))
-        assert not length, "as many bytes as were told"
         return self
 
     def hexdigest(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import threading
 
 import polars as pl
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline import delimited
 from pipeline.delimited import Delimited, read_delimited
-from pipeline.readers import ROW, named
+from pipeline.readers import ROW, ahead, named
 from schemas.errors import DataError
 
 NAMES = ("user", "item", "time")
@@ -124,6 +125,28 @@ def test_a_log_as_programs_write_it_needs_no_care(tmp_path, monkeypatch, style, 
     assert len(parts) > 5
     assert all(part.tidy for part in parts)
     assert pl.concat(part.table for part in parts).equals(LOG.with_columns(pl.int_range(1, 121).alias(ROW)))
+
+
+def test_a_reader_that_is_given_up_waits_for_no_thread(tmp_path, monkeypatch):
+    path, again, plain, seen = tmp_path / "log.csv", threading.Event(), delimited._plain, []
+    path.write_text(LOG.write_csv())
+
+    def slow(*arguments):
+        seen.append(arguments)
+        assert len(seen) == 1 or again.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(delimited, "_READ", 200)
+    monkeypatch.setattr(delimited, "_plain", slow)
+    for parts in (read_delimited(path, Delimited(), "utf-8"), ahead(read_delimited(path, Delimited(), "utf-8"))):
+        seen.clear()
+        again.clear()
+        assert next(parts).table.height
+        closing = threading.Thread(target=parts.close)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()
+        again.set()
 
 
 def test_a_bad_line_sends_only_its_block_the_careful_way(tmp_path, monkeypatch):
