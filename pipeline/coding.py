@@ -11,7 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.columns import nothing
+from pipeline.text_order import places_by_text
 from pipeline.vocabulary import MOST, Vocabulary
+
+_WAITING = 8  # parts of texts that wait for their codes at most, each a block of a file
 
 
 class Named(NamedTuple):
@@ -42,8 +45,8 @@ class Column:
         self._parts: list[Future[list[_Part]]] = []
 
     def add(self, texts: pl.Series) -> None:
-        for before in self._parts[-2:-1]:
-            before.result()  # at most three parts of texts at once
+        for before in self._parts[-_WAITING : 1 - _WAITING]:
+            before.result()  # some wait, while the table of ids grows
         self._parts.append(self._thread.submit(_looked_up, self._vocabulary, texts))
 
     def build(self, given: pl.Series) -> Future[Named]:
@@ -75,11 +78,13 @@ def _named(vocabulary: Vocabulary, parts: list[_Part], given: pl.Series) -> Name
     found = vocabulary.encode(given)
     known, first = found[found < seen], given.filter(pl.Series(found < seen))
     other[known] = False
-    others = vocabulary.texts[:seen].filter(pl.Series(other)).sort()
+    others = np.flatnonzero(other)
+    others = others.take(places_by_text(vocabulary.texts.gather(others)))
     rank = np.zeros(len(vocabulary), dtype=np.int32)
     rank[known] = np.arange(len(known), dtype=np.int32)
-    rank[vocabulary.encode(others)] = np.arange(len(known), seen, dtype=np.int32)
-    names = pl.concat([first, others]).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+    rank[others] = np.arange(len(known), seen, dtype=np.int32)
+    spelled = pl.concat([first, vocabulary.texts.gather(others)])
+    names = spelled.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
     return Named(names, _ranked(rank, parts), len(known))
 
 

@@ -171,15 +171,13 @@ def _plain(block: bytes, shape: Delimited, names: list[str], numbers: frozenset[
     if table is None:
         return None
     rows, separator, open_end = table.height, shape.separator.encode(), not block.endswith(b"\n")
-    marks = _marks(block, separator, quoted)
-    if marks.separators != rows * (len(names) - 1):
-        return None
-    # as many cells as there should be in all: were there too many in one line, the last of another would be missing
+    marks, others = _marks(block, separator, quoted), rows * (len(names) - 1)
+    # polars takes no line with too many cells; of one with too few the last is missing
     if table[names[-1]].null_count() and (quoted or not _even(block, separator, rows, len(names))):
         return None
-    if quoted and (marks.lines + open_end != rows or marks.around != marks.quotes):
+    if quoted and (marks.separators != others or marks.lines + open_end != rows or marks.around != marks.quotes):
         return None
-    tidy = block.isascii() and marks.low == rows - open_end + (marks.separators if separator <= b" " else 0)
+    tidy = block.isascii() and marks.low == rows - open_end + (others if separator <= b" " else 0)
     return Part(_filled(table), [], {}, tidy, text)
 
 
@@ -206,11 +204,11 @@ def _as_given(read: Callable[[frozenset[str]], pl.DataFrame | None]) -> pl.DataF
 
 
 class _Marks(NamedTuple):
-    """Bytes of a block: up to a space, separators; where quotes are looked for also line ends, quotes, and those of
+    """Bytes of a block: up to a space; where quotes are looked for also separators, line ends, quotes, and those of
     them that begin a cell or end one, not both."""
 
     low: int
-    separators: int
+    separators: int = 0
     lines: int = 0
     quotes: int = 0
     around: int = 0
@@ -218,13 +216,13 @@ class _Marks(NamedTuple):
 
 def _marks(block: bytes, separator: bytes, quoted: bool) -> _Marks:
     cells = np.frombuffer(block, dtype=np.uint8)
-    found = np.zeros(len(_Marks._fields) if quoted else 2, dtype=np.int64)
+    found = np.zeros(len(_Marks._fields) if quoted else 1, dtype=np.int64)
     for at in range(0, len(cells), _CACHED):
         part = cells[at : at + _CACHED]
-        ends = part == ord(separator)
-        found[:2] += np.count_nonzero(part <= ord(" ")), np.count_nonzero(ends)
+        found[0] += np.count_nonzero(part <= ord(" "))
         if quoted:
-            lines, quotes = part == ord("\n"), part == ord('"')
+            ends, lines, quotes = part == ord(separator), part == ord("\n"), part == ord('"')
+            found[1] += np.count_nonzero(ends)
             ends |= lines
             before = not at or cells[at - 1] in (ord(separator), ord("\n"))
             behind = at + _CACHED >= len(cells) or cells[at + _CACHED] in (ord(separator), ord("\n"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from schemas.hashing import DIGEST_BYTES, Digest, hash_bytes
 
@@ -22,15 +23,22 @@ def new_digest() -> Digest:
     return Digest(blake3())
 
 
-def add_texts(digest: Digest, texts: pa.Array) -> None:
-    """Add the lengths of texts, -1 for none, and their bytes, so that equal texts give equal digests."""
+def bytes_of(texts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Bytes of texts, one behind the other, null as empty; text k is bytes[offsets[k] : offsets[k + 1]]."""
     values = texts.cast(pa.large_string()).fill_null("")
     offsets = np.frombuffer(values.buffers()[1] or b"\0" * 8, dtype=np.int64)[values.offset :][: len(values) + 1]
+    found = np.frombuffer(values.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
+    return offsets - offsets[0] if offsets[0] else offsets, found
+
+
+def add_texts(digest: Digest, texts: pa.Array) -> None:
+    """Add the lengths of texts, -1 for none, and their bytes, so that equal texts give equal digests."""
+    offsets, found = bytes_of(texts)
     lengths = np.diff(offsets)
     if texts.null_count:
         lengths[texts.is_null().to_numpy(zero_copy_only=False)] = -1
     digest.add(lengths.astype("<i8", copy=False).data)
-    digest.add(np.frombuffer(values.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]].data)
+    digest.add(found.data)
 
 
 def is_old(digest: str) -> bool:

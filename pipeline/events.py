@@ -204,13 +204,13 @@ def _by_user_and_time(rows: pl.DataFrame) -> _Sorted | None:
     if (times[1:] < times[:-1]).any():
         by_time = _sorted_with_places(times - base, bits)
         by_time &= mask
-        users = users[by_time]
+        users = users.take(by_time)
     packed = _sorted_with_places(users.astype(np.int64), bits)
     users = np.empty(len(packed), dtype=np.int32)
     np.right_shift(packed, bits, out=users, casting="unsafe")
     packed &= mask
-    places = packed if by_time is None else by_time[packed]
-    times = times[places]
+    places = packed if by_time is None else by_time.take(packed)
+    times = times.take(places)
     again = np.zeros(len(places), dtype=bool)
     again[1:] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     return _Sorted(places, pl.DataFrame({tables.USER_ID: users, tables.TIMESTAMP: times}), again)
@@ -243,25 +243,23 @@ def order_events(events: Events) -> tuple[Events, int]:
     """Events in their order, copies taken out; and how many these were. A thread orders a range of users.
 
     Real logs tie on the timestamp for a quarter to a half of consecutive events, stored in id order, which
-    leaks; the hash is an order that knows nothing (DESIGN 4). Only tied events are hashed.
+    leaks; the hash is an order that knows nothing (DESIGN 4). Only tied events are hashed. What is given goes part by
+    part, where the caller does not hold it: in memory of its own the order would take longer.
     """
     if not len(events):
         return events, 0
+    count, names, range_of = len(events), events.names, _ranges(events)
     with ThreadPoolExecutor(pl.thread_pool_size()) as pool:
-        found = list(pool.map(partial(_ordered_range, names=events.names), _ranges(events, pool)))
+        cut = pool.map(partial(_cut, range_of=range_of), events.parts(_PIECE))
+        del events
+        ranges = list(map(list, zip(*cut, strict=True)))
+        found = list(pool.map(partial(_ordered_range, names=names), ranges))
     rows = pl.concat(found, rechunk=False)
-    return replace(events, rows=rows), len(events) - rows.height
+    return Events(rows, names), count - rows.height
 
 
-def _ordered_range(pieces: list[pl.DataFrame], names: dict[str, pa.Array]) -> pl.DataFrame:
-    """As ``_ordered``, of all the pieces, which are given up."""
-    rows = pl.concat(pieces, rechunk=True)
-    pieces.clear()
-    return _ordered(rows, names)
-
-
-def _ranges(events: Events, pool: ThreadPoolExecutor) -> list[list[pl.DataFrame]]:
-    """The events by ranges of users, each in pieces that stand in the order in which its events came.
+def _ranges(events: Events) -> NDArray[np.uint8]:
+    """The range that each user is in, by code: of users in order, with about as many events as the others.
 
     What a thread orders at once is small: in new memory for half of all events it would take twice as long.
     """
@@ -269,15 +267,22 @@ def _ranges(events: Events, pool: ThreadPoolExecutor) -> list[list[pl.DataFrame]
     size = max(_AT_ONCE, len(users) // 255)
     some = users.gather_every(1 + len(users) // 10_000).sort().to_numpy()
     bounds = np.unique(some[:: -(-len(some) * size // len(users))][1:])
-    range_of = np.searchsorted(bounds, np.arange(count), side="right").astype(np.uint8)
+    return np.searchsorted(bounds, np.arange(count), side="right").astype(np.uint8)
 
-    def cut(part: pl.DataFrame) -> list[pl.DataFrame]:
-        of = range_of[part[tables.USER_ID].to_numpy()]
-        part = part[np.argsort(of, kind="stable")]  # a counting sort, as they are bytes
-        ends = np.cumsum(np.bincount(of, minlength=len(bounds) + 1)).tolist()
-        return [part[start:end] for start, end in pairwise([0, *ends])]
 
-    return list(map(list, zip(*pool.map(cut, events.parts(_PIECE)), strict=True)))
+def _cut(part: pl.DataFrame, range_of: NDArray[np.uint8]) -> list[pl.DataFrame]:
+    """The rows of each range, in the order in which they came."""
+    of = range_of.take(part[tables.USER_ID].to_numpy())
+    part = part[np.argsort(of, kind="stable")]  # a counting sort, as they are bytes
+    ends = np.cumsum(np.bincount(of, minlength=int(range_of[-1]) + 1)).tolist()
+    return [part[start:end] for start, end in pairwise([0, *ends])]
+
+
+def _ordered_range(pieces: list[pl.DataFrame], names: dict[str, pa.Array]) -> pl.DataFrame:
+    """As ``_ordered``, of all the pieces, which are given up."""
+    rows = pl.concat(pieces, rechunk=True)
+    pieces.clear()
+    return _ordered(rows, names)
 
 
 def _ordered(rows: pl.DataFrame, names: dict[str, pa.Array]) -> pl.DataFrame:

@@ -25,6 +25,9 @@ from pipeline.readers import Part, ahead
 from schemas import tables
 from schemas.errors import DataError
 
+_UNKNOWN, _REPEATS, _OUTSIDE = "unknown items", "repeats", "outside the k-core"
+_LEFT_OUT = (FILTER, _UNKNOWN, _REPEATS, _OUTSIDE)  # with one of these events a name can be lost, never with a copy
+
 
 @dataclass(frozen=True)
 class CleanTables:
@@ -167,8 +170,16 @@ def _check_unknown(events: Events, first: int, known: pl.Series, config: DataCon
     return mask
 
 
-def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, catalog: Future[_Catalog]) -> Events:
-    """Events with a known item, ordered, without copies, filtered. Raises DataError, that of the catalog first."""
+def _kept(intake: Intake, name: str, events: Events, kept: Events) -> Events:
+    """``kept``, what is missing of ``events`` counted as filtered."""
+    intake.leave(name, len(events) - len(kept))
+    return kept
+
+
+def _events_of_items(config: DataConfig, given: Delivery, intake: Intake, catalog: Future[_Catalog]) -> Events:
+    """The events that name a known item, as they came, without those of forgotten users. Raises DataError, that of
+    the catalog first.
+    """
     try:
         events, first = _read_events(config, given, intake, catalog)
     except DataError:
@@ -176,26 +187,27 @@ def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, cata
         raise
     if not len(events):
         raise DataError(f"{config.interactions}: none of its {intake.rows_in} rows is left ({intake.filtered})")
-    counts, came = intake.filtered, len(events)
-
-    def left(name: str, kept: Events) -> Events:
-        counts[name] = counts.get(name, 0) + len(events) - len(kept)
-        return kept
-
     if intake.forgotten:
         gone = intake.forgotten.mask(events.names[tables.USER_ID].to_pylist())
-        events = left(FILTER, events.where(~gone[events.rows[tables.USER_ID].to_numpy()]))
-    events = left("unknown items", events.where(_check_unknown(events, first, catalog.result().known, config)))
-    events = left("interaction copies", order_events(events)[0])
+        events = _kept(intake, FILTER, events, events.where(~gone[events.rows[tables.USER_ID].to_numpy()]))
+    known = events.where(_check_unknown(events, first, catalog.result().known, config))
+    return _kept(intake, _UNKNOWN, events, known)
+
+
+def clean_interactions(config: DataConfig, given: Delivery, intake: Intake, catalog: Future[_Catalog]) -> Events:
+    """Events with a known item, ordered, without copies, filtered. Raises DataError, that of the catalog first."""
+    events, copies = order_events(_events_of_items(config, given, intake, catalog))  # held nowhere: they may go
+    intake.leave("interaction copies", copies)
     if config.filters.first_only:
-        events = left("repeats", first_events(events))
+        events = _kept(intake, _REPEATS, events, first_events(events))
     if config.filters.k_core:
-        events = left("outside the k-core", k_core(events, config.filters.k_core))
+        events = _kept(intake, _OUTSIDE, events, k_core(events, config.filters.k_core))
     if not len(events):
+        counts = intake.filtered
         raise DataError(f"{config.interactions}: the filters leave none of its {intake.rows_in} rows ({counts})")
     intake.check_sum(len(events))
-    # a name can only be lost with an event that is no copy
-    return events if len(events) + counts["interaction copies"] == came else events.compact()
+    lost = any(intake.filtered.get(name) for name in _LEFT_OUT)
+    return events.compact() if lost else events
 
 
 def ingest(config: DataConfig, previous: Path | None = None, forgotten: ForgottenUsers | None = None) -> CleanTables:

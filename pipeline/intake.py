@@ -74,11 +74,15 @@ class Intake:
         except pl.exceptions.PolarsError as error:
             raise DataError(f"the files of data.{self.kind} contradict each other in a type: {error}") from error
 
+    def leave(self, name: str, rows: int) -> None:
+        """Count rows that a filter takes out."""
+        self.filtered[name] = self.filtered.get(name, 0) + rows
+
     def reject(self, path: Path, numbers: list[int], reasons: list[str], raws: list[str]) -> None:
         """Put rejected rows aside, but for those of forgotten users, which are counted with their events."""
         if self.kind == "interactions" and self.forgotten:
             kept = [place for place, raw in enumerate(raws) if not self.forgotten.in_row(raw)]
-            self.filtered[FILTER] = self.filtered.get(FILTER, 0) + len(raws) - len(kept)
+            self.leave(FILTER, len(raws) - len(kept))
             numbers = [numbers[place] for place in kept]
             reasons, raws = [reasons[place] for place in kept], [raws[place] for place in kept]
         self.rejected += len(numbers)
@@ -89,7 +93,7 @@ class Intake:
         """Count a part and put what is no row aside."""
         self.rows_in += part.table.height + len(part.rejected) + sum(part.skipped.values())
         for name, rows in part.skipped.items():
-            self.filtered[name] = self.filtered.get(name, 0) + rows
+            self.leave(name, rows)
         bad = part.rejected
         self.reject(path, [b.row for b in bad], [b.reason for b in bad], [b.raw for b in bad])
 

@@ -12,6 +12,7 @@ from pipeline.filters import apply, item_filter
 from pipeline.importers import Delivery, read_file
 from pipeline.intake import DataConfig, Intake, column_of, id_reason, require
 from pipeline.readers import ROW, Part, ahead
+from pipeline.text_order import places_by_text
 from schemas import tables
 from schemas.errors import DataError
 
@@ -93,12 +94,7 @@ def clean_items(config: DataConfig, given: Delivery, intake: Intake) -> tuple[pl
             f"({intake.rejected} rejected, filtered {intake.filtered})"
         )
     intake.check_sum(good.height)
-    return good[_order(good)], rows[tables.ITEM_ID]
-
-
-def _order(items: pl.DataFrame) -> pl.Series:
-    """Places by id. With a second key polars compares encoded rows, which takes two thirds of the time."""
-    return items.select(pl.arg_sort_by(tables.ITEM_ID, tables.AVAILABLE)).to_series()
+    return good[places_by_text(good[tables.ITEM_ID])], rows[tables.ITEM_ID]
 
 
 def carry(items: pl.DataFrame, previous: Path, wanted: pl.Series) -> pl.DataFrame:
@@ -112,4 +108,4 @@ def carry(items: pl.DataFrame, previous: Path, wanted: pl.Series) -> pl.DataFram
         columns.append(pl.col(name).cast(dtype, strict=False) if same else pl.lit(None, dtype).alias(name))
     carried = old.select(columns).with_columns(pl.lit(False).alias(tables.AVAILABLE))
     both = pl.concat([items, carried], rechunk=False)
-    return both[_order(both)]
+    return both[places_by_text(both[tables.ITEM_ID])]

@@ -53,6 +53,13 @@ def _repeats(users: NDArray[np.int32], items: NDArray[np.int32]) -> int:
     return repeats
 
 
+def _largest(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of the few largest, of equal ones the first."""
+    least = np.partition(counts, -_TOP)[-_TOP] if len(counts) > _TOP else 0
+    places = np.flatnonzero(counts >= least)
+    return places[np.argsort(-counts[places], kind="stable")[:_TOP]]
+
+
 def describe_events(events: Events) -> dict[str, Any]:
     """Counts, dates, and the shares of ties (consecutive events of a user at one time) and of repeated pairs.
 
@@ -68,7 +75,7 @@ def describe_events(events: Events) -> dict[str, Any]:
         repeats += _repeats(users, part[tables.ITEM_ID].to_numpy())
         counts.append(np.diff(np.flatnonzero(np.concatenate([[True], ~same, [True]]))))
     by_user, by_item, every = np.concatenate(counts), events.counts(tables.ITEM_ID), events.rows[tables.TIMESTAMP]
-    most = np.argsort(-by_item, kind="stable")[:_TOP]
+    most = _largest(by_item)
     return {
         "interactions": len(events),
         "users": len(by_user),
@@ -100,7 +107,7 @@ def describe_items(
     hashes, several = np.unique(hashed.to_numpy(), return_counts=True)
     again, top = several > 1, {}
     if again.any():
-        most = pl.Series(hashes[again][np.argsort(-several[again], kind="stable")[:_TOP]])
+        most = pl.Series(hashes[again][_largest(several[again])])
         heads = given.filter(hashed.is_in(most.implode()))
         counts = heads.value_counts().sort(["count", heads.name], descending=[True, False])
         top = {value[:80]: int(count) for value, count in counts.iter_rows()}
@@ -120,7 +127,8 @@ def _lengths(
 ) -> dict[str, Any]:
     if not fields:
         return {"characters": {}, "tokens": {}}
-    places = np.sort(np.random.default_rng(0).permutation(items.height)[:_SAMPLE])
+    count = min(_SAMPLE, items.height)
+    places = np.sort(np.random.default_rng(0).choice(items.height, count, replace=False, shuffle=False))
     sample = to_arrow(items[places].select(tables.ITEM_ID, *fields))
     rendered = [text for text in render(sample, template.model_copy(update={"fields": tuple(fields)})) if text]
     tokens = np.array(count_tokens(rendered)) if count_tokens and rendered else np.zeros(0)

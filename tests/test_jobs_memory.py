@@ -49,5 +49,7 @@ def test_the_heaps_of_polars_and_arrow_are_chosen_unless_the_user_did(own):
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, env=plain | own, capture_output=True, text=True, check=True).stdout.split()
     assert found == (
-        ["system", "narenas:3"] if own else ["jemalloc", f"narenas:{os.cpu_count()},oversize_threshold:0"]
+        ["system", "narenas:3"]
+        if own
+        else ["jemalloc", f"narenas:{os.cpu_count()},oversize_threshold:0,dirty_decay_ms:10000"]
     )

@@ -43,6 +43,7 @@ KEEPERS = {
         "pipeline/matrix.py",
         "pipeline/profile.py",
         "pipeline/readers.py",
+        "pipeline/text_order.py",
         "pipeline/vocabulary.py",
     },
 }

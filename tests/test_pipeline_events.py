@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from unittest.mock import patch
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.digests import new_digest
-from pipeline.events import EventBuilder, Events, order_events
+from pipeline.events import _SCHEMA, EventBuilder, Events, order_events
 from pipeline.profile import describe_events
 from schemas import tables
 from schemas.hashing import tie_hashes
@@ -56,6 +57,35 @@ def test_events_are_ordered_by_user_then_time_then_what_knows_nothing(rows, sequ
 
     assert plain(ordered) == sorted(set(rows), key=key)
     assert copies == len(rows) - len(set(rows))
+
+
+def test_what_is_ordered_goes_part_by_part_where_nobody_holds_it():
+    parts, size = 8 * pl.thread_pool_size(), 10
+    times = [np.arange(size) + part for part in range(parts)]
+    held, left = [weakref.ref(part) for part in times], []
+
+    def events() -> Events:
+        rows = pl.DataFrame(
+            {
+                "user_id": pl.Series([part for part in range(parts) for _ in range(size)], dtype=pl.Int32),
+                "item_id": pl.Series([0] * parts * size, dtype=pl.Int32),
+            }
+        )
+        chunks = pa.chunked_array([pa.Array.from_buffers(pa.int64(), size, [None, pa.py_buffer(t)]) for t in times])
+        times.clear()
+        rows = rows.with_columns(sequence=pl.lit(None), event=pl.lit(None), label=pl.lit(None))
+        given = pl.Series("timestamp", pl.from_arrow(chunks, rechunk=False))
+        columns = {**rows.to_dict(), "timestamp": given}
+        names = {"user_id": pa.array(map(str, range(parts))), "item_id": pa.array(["a"]), "event": pa.array([])}
+        return Events(pl.DataFrame([columns[name] for name in _SCHEMA]), names)
+
+    def ordered(rows, names):
+        left.append(sum(part() is not None for part in held))
+        return rows
+
+    with patch.multiple("pipeline.events", _FEW=1, _AT_ONCE=1, _ordered=ordered):
+        order_events(events())
+    assert left[0] <= pl.thread_pool_size()  # a thread may not have put its last one down yet
 
 
 def everything(events: Events) -> tuple:
