@@ -78,12 +78,12 @@ def _named(vocabulary: Vocabulary, parts: list[_Part], given: pl.Series) -> Name
     found = vocabulary.encode(given)
     known, first = found[found < seen], given.filter(pl.Series(found < seen))
     other[known] = False
-    others = np.flatnonzero(other)
-    others = others.take(places_by_text(vocabulary.texts.gather(others)))
+    others, texts = np.flatnonzero(other), vocabulary.texts
+    others = others.take(places_by_text(texts.gather(others)))
     rank = np.zeros(len(vocabulary), dtype=np.int32)
     rank[known] = np.arange(len(known), dtype=np.int32)
     rank[others] = np.arange(len(known), seen, dtype=np.int32)
-    spelled = pl.concat([first, vocabulary.texts.gather(others)])
+    spelled = pl.concat([first, texts.gather(others)])
     names = spelled.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
     return Named(names, _ranked(rank, parts), len(known))
 
