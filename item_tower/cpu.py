@@ -133,15 +133,18 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``PackedLinear`` works there and is worth it: on a CPU with oneDNN, in bfloat16 with AVX-512 only, in
-    float32 not with AVX2, where MKL's products and a GELU of its own take less time."""
+    """Whether ``PackedLinear`` works there: on a CPU with oneDNN, in bfloat16 with AVX-512 only."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return _CAPABILITY != "AVX2"
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``speed_up`` packs weights there: where ``can_pack`` says so, but for float32 with AVX2, where MKL's
+    products and a GELU of its own take less time."""
+    return can_pack(device, dtype) and not (dtype == torch.float32 and _CAPABILITY == "AVX2")
 
 
 def halve(encoder: ItemEncoder) -> None:
@@ -158,18 +161,18 @@ def halve(encoder: ItemEncoder) -> None:
 
 def speed_up(encoder: ItemEncoder) -> None:
     """Change an encoder in place, for inference alone: half weights on a GPU; on a CPU plain attention, and packed
-    and half weights where ``can_pack`` says so. What a CPU would compute in bfloat16 and cannot pack stays as it is.
+    and half weights where ``packs`` says so. What a CPU would compute in bfloat16 and cannot pack stays as it is.
     """
     dtype = getattr(torch, encoder.config.compute_dtype)
     if encoder.device.type == "cuda":
         halve(encoder)
-    packs = can_pack(encoder.device, dtype)
-    if encoder.device.type != "cpu" or not (packs or dtype == torch.float32):
+    packing = packs(encoder.device, dtype)
+    if encoder.device.type != "cpu" or not (packing or dtype == torch.float32):
         return
     if not encoder.packed and encoder.model.config._attn_implementation == "sdpa":
         AttentionInterface.register(_NAME, _short_attention)
         AttentionMaskInterface.register(_NAME, sdpa_mask)
         encoder.model.set_attn_implementation(_NAME)
-    if packs:
+    if packing:
         _pack(encoder.model, dtype)
         halve(encoder)

@@ -35,7 +35,7 @@ BATCH_SIZES = (32, 64, 128, 256)
 def roofline(encoder: ItemEncoder, tokens: int) -> float:
     """FLOP/s that the encoder's own matrix products reach by themselves in its dtype, each at its best, [tokens, in].
 
-    The products of one forward pass over the time they take one after the other, each by the faster kernel.
+    The products of one forward pass over the time they take one after the other, the faster of two kernels each.
     """
     shapes = [(x.in_features, x.out_features) for x in encoder.model.modules() if isinstance(x, nn.Linear)]
     dtype, best = getattr(torch, encoder.config.compute_dtype), {}

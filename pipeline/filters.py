@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 
 import numpy as np
 import polars as pl
@@ -74,11 +75,11 @@ def item_filter(filters: FilterConfig, items: pl.DataFrame) -> dict[str, pl.Expr
     return out
 
 
-def apply(table: pl.DataFrame, left_out: dict[str, pl.Expr], counts: dict[str, int]) -> pl.DataFrame:
-    """The rows that no filter leaves out; ``counts`` grows by the others."""
+def apply(table: pl.DataFrame, left_out: dict[str, pl.Expr], count: Callable[[str, int], None]) -> pl.DataFrame:
+    """The rows that no filter leaves out; ``count`` is told of the others, by filter."""
     for name, expression in left_out.items():
         kept = table.filter(~expression)
-        counts[name] = counts.get(name, 0) + table.height - kept.height
+        count(name, table.height - kept.height)
         table = kept
     return table
 

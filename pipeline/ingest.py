@@ -134,7 +134,7 @@ def _read_events(config: DataConfig, given: Delivery, intake: Intake, items: Fut
             if first:
                 _check_swapped(clean, path)
                 first = False
-            builder.add(apply(clean, filters, intake.filtered))
+            builder.add(apply(clean, filters, intake.leave))
     intake.check_share()
     return builder.build_with(items.result().known)
 

@@ -87,7 +87,7 @@ def clean_items(config: DataConfig, given: Delivery, intake: Intake) -> tuple[pl
     if not rows.is_empty():
         rows = _newest(rows, given, intake)
         intake.check_share()
-    good = apply(rows.drop(ROW, _FILE, strict=False), item_filter(config.filters, rows), intake.filtered)
+    good = apply(rows.drop(ROW, _FILE, strict=False), item_filter(config.filters, rows), intake.leave)
     if good.is_empty():
         raise DataError(
             f"{config.items}: the catalog is empty: none of its {intake.rows_in} rows can be used "

@@ -18,7 +18,7 @@ def places_by_text(texts: pl.Series) -> NDArray[np.int64]:
     """Places [n] of texts, none of them null, in order; those of equal ones in any.
 
     The bytes behind what all have in common are sorted as numbers; only texts with the same number are compared. For
-    ids in no order this takes a seventh of polars' time.
+    ids in no order this takes a fifth of polars' processor time or less.
     """
     if not len(texts):
         return np.zeros(0, dtype=np.int64)

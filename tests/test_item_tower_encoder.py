@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from item_tower.batching import token_budget_batches
-from item_tower.cpu import PackedLinear, _short_attention, can_pack, speed_up
+from item_tower.cpu import PackedLinear, _short_attention, packs, speed_up
 from item_tower.embed import EmbedConfig, as_table, embed_texts, encode_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
@@ -211,9 +211,9 @@ def test_the_fast_path_on_a_cpu_computes_the_same(make_encoder, kind):
     plain = make_encoder(kind)
     speed_up(plain)
     packed = [module for module in plain.modules() if isinstance(module, PackedLinear)]
-    packs = can_pack(plain.device, torch.float32)
-    assert bool(packed) == packs
-    assert any(module.after[0] == "gelu" for module in packed) == (packs and kind == "bert")
+    packing = packs(plain.device, torch.float32)
+    assert bool(packed) == packing
+    assert any(module.after[0] == "gelu" for module in packed) == (packing and kind == "bert")
     np.testing.assert_allclose(vectors(plain, texts), exact, rtol=1e-4, atol=1e-5)
 
 
