@@ -192,38 +192,53 @@ def _sorted(rows: pl.DataFrame, keys: list[str]) -> _Sorted:
 def _by_user_and_time(rows: pl.DataFrame) -> _Sorted | None:
     """As ``_sorted`` by these two; None where the numbers are too large.
 
-    Two sorts, each of one number that carries the place along, are several times faster than one by two columns;
-    the first is not needed for a log that is in order of time.
+    Two sorts, of one number each, are several times faster than one by two columns; the first is not needed for a
+    log that is in order of time.
     """
     users, times = rows[tables.USER_ID].to_numpy(), rows[tables.TIMESTAMP].to_numpy()
-    bits = len(users).bit_length()
-    mask = (1 << bits) - 1
-    base, by_time = int(times.min()), None
-    if max(int(times.max()) - base, int(users.max())).bit_length() + bits > 63:
-        return None
+    by_time = None
     if (times[1:] < times[:-1]).any():
-        by_time = _sorted_with_places(times - base, bits)
-        by_time &= mask
+        by_time = _places_by_number(times)
+        if by_time is None:
+            return None
         users = users.take(by_time)
-    packed = _sorted_with_places(users.astype(np.int64), bits)
-    users = np.empty(len(packed), dtype=np.int32)
-    np.right_shift(packed, bits, out=users, casting="unsafe")
-    packed &= mask
-    places = packed if by_time is None else by_time.take(packed)
+    places = _places_by_code(users)
+    users = users.take(places)
+    places = places if by_time is None else by_time.take(places)
     times = times.take(places)
     again = np.zeros(len(places), dtype=bool)
     again[1:] = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     return _Sorted(places, pl.DataFrame({tables.USER_ID: users, tables.TIMESTAMP: times}), again)
 
 
-def _sorted_with_places(numbers: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
-    """The numbers, which are spent, in order; the place of each in its lowest bits."""
-    numbers <<= bits
-    for start in range(0, len(numbers), SLICE):
-        part = numbers[start : start + SLICE]
+def _places_by_code(codes: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Places [n] of codes, none of them negative, in order; those of equal ones as they came.
+
+    By 16 bits at a time, which numpy's stable sort counts and does not compare: half the time of a sort of numbers
+    of 64 bits, or less.
+    """
+    low = int(codes.min())
+    places = np.argsort((codes - low).astype(np.uint16), kind="stable")
+    if (int(codes.max()) - low) >> 16:
+        high = ((codes - low) >> 16).astype(np.uint16)
+        places = places.take(np.argsort(high.take(places), kind="stable"))
+    return places
+
+
+def _places_by_number(numbers: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Places [n] of numbers in order, of equal ones as they came; None where they are too far apart.
+
+    One number carries the place along. Polars sorts it: where AVX-512 is slow to compress, as in Zen 4, numpy takes
+    three times as long.
+    """
+    bits, base = len(numbers).bit_length(), int(numbers.min())
+    if (int(numbers.max()) - base).bit_length() + bits > 63:
+        return None
+    packed = (numbers - base) << bits
+    for start in range(0, len(packed), SLICE):
+        part = packed[start : start + SLICE]
         part |= np.arange(start, start + len(part))
-    numbers.sort()
-    return numbers
+    return pl.Series(packed).sort(multithreaded=False).to_numpy() & ((1 << bits) - 1)
 
 
 def _hashes(rows: pl.DataFrame, names: dict[str, pa.Array]) -> list[pl.Series]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from pipeline.columns import as_flag, as_id, as_milliseconds, as_text
@@ -58,8 +57,7 @@ def _newest(rows: pl.DataFrame, given: Delivery, intake: Intake) -> pl.DataFrame
     Older rows and copies are filtered; another text in the same file at the same time is rejected.
     """
     intake.filtered |= {"older item rows": 0, "item copies": 0}
-    hashes = np.sort(rows[tables.ITEM_ID].hash().to_numpy())
-    if not (hashes[1:] == hashes[:-1]).any():  # several times as fast as telling the ids apart
+    if rows[tables.ITEM_ID].hash().n_unique() == rows.height:  # several times as fast as telling the ids apart
         return rows
     again = rows.select(pl.col(tables.ITEM_ID).is_duplicated()).to_series()
     order = [name for name in (tables.UPDATED_AT, _FILE) if name in rows.columns]

@@ -48,7 +48,7 @@ def _repeats(users: NDArray[np.int32], items: NDArray[np.int32]) -> int:
         pairs = users[start:end].astype(np.int64)
         pairs <<= 32
         pairs |= items[start:end]
-        pairs.sort()
+        pairs = pl.Series(pairs).sort(multithreaded=False).to_numpy()  # numpy's is slow with AVX-512 on Zen 4
         repeats += int(np.count_nonzero(pairs[1:] == pairs[:-1]))
     return repeats
 
@@ -104,10 +104,9 @@ def describe_items(
         text = items.select(pl.concat_str(cells, separator=", ", ignore_nulls=True)).to_series().str.strip_chars()
     given = text.filter(text != "")
     hashed = given.hash()
-    hashes, several = np.unique(hashed.to_numpy(), return_counts=True)
-    again, top = several > 1, {}
-    if again.any():
-        most = pl.Series(hashes[again][_largest(several[again])])
+    again, top = hashed.sort().rle().struct.unnest().filter(pl.col("len") > 1), {}
+    if len(again):
+        most = again["value"].gather(_largest(again["len"].cast(pl.Int64).to_numpy()))
         heads = given.filter(hashed.is_in(most.implode()))
         counts = heads.value_counts().sort(["count", heads.name], descending=[True, False])
         top = {value[:80]: int(count) for value, count in counts.iter_rows()}
@@ -116,7 +115,7 @@ def describe_items(
         tables.AVAILABLE: int(items[tables.AVAILABLE].sum()),
         "carried": carried,
         "without_text_share": _share(items.height - len(given), items.height) if cells else None,
-        "same_text_share": _share(int(several[again].sum()), items.height),
+        "same_text_share": _share(int(again["len"].sum()), items.height),
         "top_duplicates": top,
     }
     return found | _lengths(items, fields, template, count_tokens)

@@ -23,7 +23,7 @@ def places_by_text(texts: pl.Series) -> NDArray[np.int64]:
     if not len(texts):
         return np.zeros(0, dtype=np.int64)
     numbers = _numbers(texts)
-    places = np.argsort(numbers)
+    places = pl.Series(numbers).arg_sort().to_numpy().astype(np.int64)
     numbers = numbers.take(places)
     again = numbers[1:] == numbers[:-1]
     tied = np.flatnonzero(np.append(again, False) | np.append(False, again))

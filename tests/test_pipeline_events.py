@@ -59,6 +59,21 @@ def test_events_are_ordered_by_user_then_time_then_what_knows_nothing(rows, sequ
     assert copies == len(rows) - len(set(rows))
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_more_users_at_once_than_sixteen_bits_can_tell_apart(in_order):
+    rng, count = np.random.default_rng(0), 300_000
+    users, times = rng.integers(0, 200_000, count), rng.permutation(count)
+    times = np.sort(times) if in_order else times
+    names = pl.Series([f"u{number:06}" for number in range(200_000)])
+    builder = EventBuilder()
+    columns = {"user_id": names[users], "item_id": pl.repeat("i", count, eager=True), "timestamp": times}
+    builder.add(pl.DataFrame(columns).with_columns(sequence=None, event=None, label=None))
+    rows = order_events(builder.build())[0].rows
+    expected = np.lexsort((times, users))
+    assert np.array_equal(rows["timestamp"], times[expected])
+    assert np.array_equal(rows["user_id"], np.unique(users, return_inverse=True)[1][expected])
+
+
 def test_what_is_ordered_goes_part_by_part_where_nobody_holds_it():
     parts, size = 8 * pl.thread_pool_size(), 10
     times = [np.arange(size) + part for part in range(parts)]
