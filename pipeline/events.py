@@ -190,7 +190,7 @@ def _sorted(rows: pl.DataFrame, keys: list[str]) -> _Sorted:
 
 
 def _by_user_and_time(rows: pl.DataFrame) -> _Sorted | None:
-    """As ``_sorted`` by these two; None where the numbers are too large.
+    """As ``_sorted`` by these two; None where times in no order are too far apart.
 
     Two sorts, of one number each, are several times faster than one by two columns; the first is not needed for a
     log that is in order of time.
@@ -217,10 +217,10 @@ def _places_by_code(codes: NDArray[np.int32]) -> NDArray[np.int64]:
     By 16 bits at a time, which numpy's stable sort counts and does not compare: half the time of a sort of numbers
     of 64 bits, or less.
     """
-    low = int(codes.min())
-    places = np.argsort((codes - low).astype(np.uint16), kind="stable")
-    if (int(codes.max()) - low) >> 16:
-        high = ((codes - low) >> 16).astype(np.uint16)
+    codes = codes - codes.min()
+    places = np.argsort(codes.astype(np.uint16), kind="stable")
+    high = (codes >> 16).astype(np.uint16)
+    if high.any():
         places = places.take(np.argsort(high.take(places), kind="stable"))
     return places
 
@@ -235,9 +235,7 @@ def _places_by_number(numbers: NDArray[np.int64]) -> NDArray[np.int64] | None:
     if (int(numbers.max()) - base).bit_length() + bits > 63:
         return None
     packed = (numbers - base) << bits
-    for start in range(0, len(packed), SLICE):
-        part = packed[start : start + SLICE]
-        part |= np.arange(start, start + len(part))
+    packed |= np.arange(len(packed))
     return pl.Series(packed).sort(multithreaded=False).to_numpy() & ((1 << bits) - 1)
 
 
