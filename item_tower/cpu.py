@@ -3,14 +3,17 @@
 For inference only, and after the fingerprint was taken: the weights change their form. Measured with MiniLM and
 product titles on two cores (`hllm bench embed`): PyTorch's flash attention is slow on rows of some 20 tokens,
 autocast casts and reorders every weight anew for each batch, and what goes from layer to layer to and from float32;
-in float32 a product first copies its bias, which with AVX2 costs less than oneDNN's products instead of MKL's.
+in float32 a product first copies its bias, which with AVX2 costs less than oneDNN's products instead of MKL's. A
+batch a thread keeps what is not a product in the core's own cache, and no thread waits for another.
 
 Shapes: B texts, h heads, T tokens, d width of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +24,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from item_tower.encoder import ItemEncoder
 
+T = TypeVar("T")
 _NAME = "hllm_short"
 _REGISTER = 16  # float32 numbers of AVX-512
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 _AVX512 = _CAPABILITY.startswith("AVX512")
-_SHORT = 48 if _AVX512 else 128  # tokens up to which plain products are faster than PyTorch's flash attention
+_AMX = torch.cpu._is_amx_tile_supported()
 
 
 def _short_attention(
@@ -46,7 +50,7 @@ def _short_attention(
     causal = attention_mask is None and (getattr(module, "is_causal", False) if is_causal is None else is_causal)
     length = query.shape[2]
     if not causal and not dropout and query.shape == key.shape:
-        if length <= _SHORT and not _is_fast(length):
+        if _takes_products(length, query.dtype):
             return _by_products(query, key, value, attention_mask, scaling), None
         key, value, attention_mask = _padded(key, value, attention_mask)
         is_causal = False
@@ -55,9 +59,12 @@ def _short_attention(
     )
 
 
-def _is_fast(length: int) -> bool:
-    """Whether flash attention is faster in spite of that: rows of whole registers, two at least."""
-    return _AVX512 and length % _REGISTER == 0 and length >= 2 * _REGISTER
+def _takes_products(length: int, dtype: torch.dtype) -> bool:
+    """Whether plain products are faster than PyTorch's flash attention: on all short texts, but with AVX-512 (in
+    bfloat16 with AMX) on rows of up to three registers, whole ones from two on left out."""
+    if not (_AMX if dtype == torch.bfloat16 else _AVX512):
+        return length <= 8 * _REGISTER
+    return length <= 3 * _REGISTER and not (length % _REGISTER == 0 and length >= 2 * _REGISTER)
 
 
 def _padded(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -176,3 +183,33 @@ def speed_up(encoder: ItemEncoder) -> None:
     if packing:
         _pack(encoder.model, dtype)
         halve(encoder)
+
+
+def in_streams(device: torch.device, work: Callable[[T, int], object], batches: Iterable[T]) -> None:
+    """Call ``work(batch, stream)`` for each: on a CPU as many at once as torch has threads, each computed by one
+    thread; elsewhere one after the other, in stream 0. In inference mode.
+
+    Raises what ``work`` raises, when the batches that have begun are done; the others are not begun.
+    """
+    left, threads = iter(list(batches)), torch.get_num_threads()
+    streams = threads if device.type == "cpu" else 1
+
+    @torch.inference_mode()
+    def stream(number: int) -> None:
+        try:
+            for batch in left:
+                work(batch, number)
+        finally:
+            list(left)  # the other streams go on to no other either
+
+    if streams == 1:
+        stream(0)
+        return
+    try:
+        with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                list(pool.map(stream, range(streams)))
+            finally:
+                list(left)
+    finally:
+        torch.set_num_threads(threads)  # those of threads still to come are one number for the process

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from item_tower.cpu import in_streams
 from item_tower.decoders.packed import Packing
 from item_tower.encoder import ItemEncoder, TokenisedTexts
 from schemas import tables
@@ -26,8 +27,8 @@ class EmbedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_budget: int | None = Field(default=None, gt=0)
-    """Tokens of one forward pass, padding included; by default 4,096 on a CPU, whose caches are small, and 65,536 on
-    a GPU."""
+    """Tokens of one forward pass, padding included; by default 65,536 on a GPU, and 1,536 on a CPU, whose caches are
+    small and which computes a pass a thread."""
     packing: Packing = "auto"
     """Texts of a decoder in one row without padding (``packed``), or padded; ``auto``: packed on a GPU."""
     compile: bool = False
@@ -49,7 +50,7 @@ class EmbedConfig(BaseModel):
 
     def tokens_at_once(self, device: torch.device) -> int:
         """``token_budget``, or its default for the device."""
-        return self.token_budget or (65_536 if device.type == "cuda" else 4_096)
+        return self.token_budget or (65_536 if device.type == "cuda" else 1_536)
 
 
 @dataclass
@@ -116,26 +117,25 @@ def embed_texts(
     *,
     suspects: list[list[int]] | None = None,
     failed: dict[int, str] | None = None,
-    attempt: Callable[[list[int]], None] = lambda rows: None,
+    attempt: Callable[[list[int], int], None] = lambda rows, stream: None,
 ) -> Embedded:
     """Embed texts in length-sorted batches, leaving out and naming those that fail twice.
 
     suspects: groups of rows to be embedded by themselves and first, since a worker died over them; failed: rows
-    not to be tried, with the reason; ``attempt`` is told the rows of every batch before it is computed. A row
-    whose model call raises, or whose vector is not finite in ``output_dtype`` or is zero, fails once in its batch
-    and once alone.
+    not to be tried, with the reason; ``attempt`` is told the rows of every batch before it is computed, and its
+    stream (see ``in_streams``), whose batch before it is done; suspects are alone, in stream 0. A row whose model
+    call raises, or whose vector is not finite in ``output_dtype`` or is zero, fails once in its batch and once alone.
     """
     encoder.eval()
     failed = dict(failed or {})
     tokens = tokenise_safely(encoder, texts, failed)
     lengths = tokens.lengths
     stored = np.zeros((len(texts), encoder.dim), dtype=np.dtype(config.output_dtype).newbyteorder("<"))
-    padded = 0
+    padded: list[int] = []
 
-    def embed(rows: list[int]) -> None:
-        nonlocal padded
-        attempt(rows)
-        padded += encoder.computed(lengths[rows])
+    def embed(rows: list[int], stream: int = 0) -> None:
+        attempt(rows, stream)
+        padded.append(encoder.computed(lengths[rows]))
         try:
             found = encoder.encode([tokens.input_ids[row] for row in rows]).cpu().numpy()
         except Exception as error:  # any failure of a model on a text: halve until the text is found
@@ -143,15 +143,15 @@ def embed_texts(
                 failed[rows[0]] = _reason(error)
                 return
             middle = len(rows) // 2
-            embed(rows[:middle])
-            embed(rows[middle:])
+            embed(rows[:middle], stream)
+            embed(rows[middle:], stream)
             return
         with np.errstate(over="ignore"):
             stored[rows] = found
         bad = _unusable(stored[rows])
         if len(rows) > 1:
             for row in np.asarray(rows)[bad].tolist():
-                embed([row])
+                embed([row], stream)
         elif bad.any():
             failed[rows[0]] = f"its vector is zero or not finite in {config.output_dtype}"
 
@@ -161,10 +161,10 @@ def embed_texts(
     for group in groups:
         if group:
             embed(group)
-    for batch in encoder.batches(lengths[rest], config.tokens_at_once(encoder.device)):
-        embed(rest[batch].tolist())
+    batches = encoder.batches(lengths[rest], config.tokens_at_once(encoder.device))
+    in_streams(encoder.device, embed, [rest[batch].tolist() for batch in batches])
     rows = np.array([row for row in range(len(texts)) if row not in failed], dtype=np.int64)
-    return Embedded(stored[rows], rows, lengths[rows].astype(np.int32), tokens.truncated[rows], padded, failed)
+    return Embedded(stored[rows], rows, lengths[rows].astype(np.int32), tokens.truncated[rows], sum(padded), failed)
 
 
 def as_table(keys: pa.ChunkedArray | pa.Array, result: Embedded) -> pa.Table:

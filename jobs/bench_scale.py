@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from item_tower.cpu import speed_up
+from item_tower.cpu import in_streams, speed_up
 from item_tower.decoders.precision import default_device
 from item_tower.encoder import ItemEncoder
 from item_tower.prompt import TemplateConfig
@@ -78,8 +79,12 @@ def _item_rates(config: Config, sizes: scale.Sizes) -> dict[str, float]:
     encoder.packing = config.embed.packing
     speed_up(encoder)
     budget = config.embed.tokens_at_once(encoder.device)
-    with torch.inference_mode():
-        found["embed_tokens"] = _rate(lambda: encoder.encode_ids(ids, budget), float(lengths.sum()))
+    batches = encoder.batches(lengths, budget)
+
+    def encode(batch: NDArray[np.int64], _: int) -> None:
+        encoder.encode([ids[row] for row in batch])
+
+    found["embed_tokens"] = _rate(lambda: in_streams(encoder.device, encode, batches), float(lengths.sum()))
     return found
 
 

@@ -13,42 +13,42 @@ MAX_DEATHS = 100
 
 
 class Ledger:
-    """Which batch each window is computing. A window that begins again lost its worker over that batch.
+    """Which batches each window is computing, one a stream. A window that begins again lost its worker over them.
 
-    The batch is then halved until one text is left; a text that two workers died of, alone, is not tried again.
+    They are then halved until one text is left; a text that two workers died of, alone, is not tried again.
     Rows are places in the window.
     """
 
     def __init__(self) -> None:
-        self.current: dict[int, list[int]] = {}
+        self.current: dict[int, dict[int, list[int]]] = {}
         self.alone: Counter[tuple[int, int]] = Counter()
         self.done = 0
         self.deaths = 0
 
     def begin(self, window: int) -> tuple[list[list[int]], list[int]]:
         """Groups to try first, each by itself, and rows not to try. Raises EmbeddingError after 100 deaths."""
-        batch = self.current.pop(window, [])
-        if batch:
+        batches = list(self.current.pop(window, {}).values())
+        if batches:
             self.deaths += 1
             if self.deaths > MAX_DEATHS:
                 raise EmbeddingError(
                     f"{MAX_DEATHS} workers died while embedding; give them more memory, or lower embed.token_budget"
                 )
-        if len(batch) == 1:
-            self.alone[window, batch[0]] += 1
+        if len(batches) == 1 and len(batches[0]) == 1:
+            self.alone[window, batches[0][0]] += 1
         dead = [row for (of, row), count in self.alone.items() if of == window and count > 1]
-        middle = len(batch) // 2
-        halves = [batch[:middle], batch[middle:]] if middle else [batch]
+        halves = [half for batch in batches for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :])]
         return [half for half in halves if half and half[0] not in dead], dead
 
-    def attempt(self, window: int, rows: list[int]) -> None:
-        """The window is about to compute these rows."""
-        self.done += len(self.current.get(window, []))
-        self.current[window] = rows
+    def attempt(self, window: int, rows: list[int], stream: int) -> None:
+        """The window is about to compute these rows; what it computed in this stream is done."""
+        streams = self.current.setdefault(window, {})
+        self.done += len(streams.get(stream, []))
+        streams[stream] = rows
 
     def end(self, window: int) -> None:
         """The window is through."""
-        self.done += len(self.current.pop(window, []))
+        self.done += sum(len(rows) for rows in self.current.pop(window, {}).values())
 
     def progress(self) -> int:
         """Texts computed so far, those of lost workers counted twice."""

@@ -115,7 +115,7 @@ class EmbedAndWrite:
             order.embed,
             suspects=groups,
             failed=dict.fromkeys(dead, "two workers died while embedding it"),
-            attempt=lambda batch: self.ledger.attempt(name, batch),
+            attempt=lambda batch, stream: self.ledger.attempt(name, batch, stream),
         )
         file = {"path": None, "size": 0, "rows": 0}
         if len(result.rows) and not probe:

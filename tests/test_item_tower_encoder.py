@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from item_tower.batching import token_budget_batches
-from item_tower.cpu import PackedLinear, _short_attention, packs, speed_up
+from item_tower.cpu import PackedLinear, _short_attention, in_streams, packs, speed_up
 from item_tower.embed import EmbedConfig, as_table, embed_texts, encode_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.prompt import TemplateConfig
@@ -188,9 +190,11 @@ def test_suspects_are_tried_first_and_by_themselves(poisoned):
     encoder, _ = poisoned
     told = []
     texts = [f"red {n}" for n in range(20)]
-    result = embed_texts(encoder, texts, EmbedConfig(), suspects=[[3, 4], [5]], attempt=told.append)
-    assert told[:2] == [[3, 4], [5]]
-    assert sorted(told[2]) == [n for n in range(20) if n not in (3, 4, 5)]
+    result = embed_texts(
+        encoder, texts, EmbedConfig(), suspects=[[3, 4], [5]], attempt=lambda *told_of: told.append(told_of)
+    )
+    assert told[:2] == [([3, 4], 0), ([5], 0)]
+    assert sorted(told[2][0]) == [n for n in range(20) if n not in (3, 4, 5)]
     assert result.rows.tolist() == list(range(20))
     assert result.padded >= int(result.n_tokens.sum())
 
@@ -232,6 +236,56 @@ def test_short_attention_is_attention(length, mask):
     half, _ = _short_attention(nn.Module(), *(x.bfloat16() for x in (query, key, value)), given)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, atol=0.03, rtol=0)
+
+
+@pytest.fixture
+def threads():
+    """Set torch's threads; they are as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_stream_a_thread_computes_the_same(make_encoder, threads):
+    encoder = make_encoder("bert")
+    texts = [f"red {n} " + "blue " * (n % 9) for n in range(60)]
+    told, found = [], []
+    for count in (1, 3):
+        threads(count)
+        attempts = []
+        config = EmbedConfig(output_dtype="float32", token_budget=32)
+        found.append(embed_texts(encoder, texts, config, attempt=lambda *of, told_of=attempts: told_of.append(of)))
+        told.append(attempts)
+        assert torch.get_num_threads() == count
+    np.testing.assert_array_equal(found[0].vectors, found[1].vectors)
+    assert found[0].padded == found[1].padded
+    assert {stream for _, stream in told[0]} == {0}
+    assert {stream for _, stream in told[1]} <= {0, 1, 2}
+    assert sorted(rows for rows, _ in told[0]) == sorted(rows for rows, _ in told[1])
+
+
+def test_streams_share_the_batches_and_end_with_an_error(threads):
+    threads(2)
+    meeting, seen, begun = threading.Barrier(2, timeout=30), [], []
+
+    def work(batch: int, stream: int) -> None:
+        meeting.wait()  # two at once
+        seen.append((batch, stream, torch.get_num_threads(), torch.is_inference_mode_enabled()))
+
+    def failing(batch: int, stream: int) -> None:
+        begun.append(batch)
+        if batch == 2:
+            raise ValueError("the third")
+        time.sleep(0.01)
+
+    in_streams(torch.device("cpu"), work, range(4))
+    assert sorted(batch for batch, *_ in seen) == [0, 1, 2, 3]
+    assert {stream for _, stream, *_ in seen} == {0, 1}
+    assert {(count, inference) for *_, count, inference in seen} == {(1, True)}
+    with pytest.raises(ValueError, match="the third"):
+        in_streams(torch.device("cpu"), failing, range(1_000))
+    assert len(begun) < 100
+    assert torch.get_num_threads() == 2
 
 
 CODE = """

@@ -194,7 +194,7 @@ def test_the_ledger_halves_what_workers_die_of_until_one_text_is_left():
         groups, dead = ledger.begin(7)
         rest = [n for n in range(16) if n not in dead and not any(n in group for group in groups)]
         for batch in [*groups, rest]:
-            ledger.attempt(7, batch)
+            ledger.attempt(7, batch, 0)
             if poison in batch:
                 raise InterruptedError
         ledger.end(7)
@@ -210,11 +210,32 @@ def test_the_ledger_halves_what_workers_die_of_until_one_text_is_left():
     assert ledger.begin(7) == ([], [poison])
     assert ledger.begin(8) == ([], [])
     for _ in range(MAX_DEATHS - deaths):
-        ledger.attempt(9, [1, 2])
+        ledger.attempt(9, [1, 2], 0)
         ledger.begin(9)
-    ledger.attempt(9, [1, 2])
+    ledger.attempt(9, [1, 2], 0)
     with pytest.raises(EmbeddingError, match=f"{MAX_DEATHS} workers died"):
         ledger.begin(9)
+
+
+def test_of_streams_only_what_ran_alone_is_blamed():
+    ledger = Ledger()
+    for _ in range(2):  # beside the killer, a batch of one text that is innocent
+        assert ledger.begin(3)[1] == []
+        ledger.attempt(3, [1, 2, 3, 4], 0)
+        ledger.attempt(3, [5], 1)
+    assert ledger.begin(3) == ([[1, 2], [3, 4], [5]], [])
+    ledger.attempt(3, [1, 2], 0)
+    ledger.attempt(3, [3, 4], 0)
+    assert ledger.begin(3) == ([[3], [4]], [])
+    for _ in range(2):
+        ledger.attempt(3, [3], 0)
+        groups, dead = ledger.begin(3)
+    assert (groups, dead) == ([], [3])
+    ledger.attempt(3, [1, 2, 4], 0)
+    ledger.attempt(3, [5], 1)
+    done = ledger.progress()
+    ledger.end(3)
+    assert ledger.progress() == done + 4
 
 
 def _die_of_kind() -> None:
