@@ -77,7 +77,8 @@ def item_keys(context: Context, serving: ServingTower) -> NDArray[np.uint64]:
 def _on_ray(config: Config, arguments: dict[str, Any], windows: list[pa.Table]) -> Iterator[pa.Table]:
     """The windows through Ray."""
     work = packed(UserWorker, config=config, **arguments)
-    return RayDriver().stream("map_windows", work, windows, "embed-users", config.embed.workers)
+    with RayDriver() as driver:
+        yield from driver.stream("map_windows", work, windows, "embed-users", config.embed.workers)
 
 
 def _answers(context: Context, arguments: dict[str, Any], fresh: list[IntArray]) -> Iterator[pa.Table]:

@@ -60,8 +60,9 @@ class RayDriver:
     def stream(self, name: str, *arguments: Any) -> Generator[Any, None, None]:
         """Yield what the generator of that name in ``jobs.embed_ray`` yields; once. The arguments are pickled.
 
-        A local session that does not come up is tried once more. Raises what the generator raises, ClusterError when
-        Ray does not start or its session dies.
+        A local session that does not come up is tried once more. After the last value Ray ends beside what the caller
+        does, who waits for it at the end of the block. Raises what the generator raises, ClusterError when Ray does
+        not start or its session dies; Ray has ended then.
         """
         if self._here:
             module = importlib.import_module(_MODULE)
@@ -79,8 +80,9 @@ class RayDriver:
             raise ClusterError(f"Ray did not start: {why}. {_where_to_look()}")
         try:
             yield from self._process.run(name, arguments)
-        finally:
+        except BaseException:
             self._process.end()
+            raise
 
 
 class _Process:
@@ -195,7 +197,8 @@ def _drive(driver: str, sender: Connection) -> None:
             name, arguments = work.get()
             for value in getattr(module, name)(*arguments):
                 sender.send(("value", value))
-        sender.send(("end", None))
+            signal.signal(_END, signal.SIG_IGN)
+            sender.send(("end", None))
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:

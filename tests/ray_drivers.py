@@ -11,6 +11,7 @@ from pathlib import Path
 from jobs.embed_ledger import Ledger
 from schemas.errors import DataError
 
+ENDING = "RAY_DRIVERS_ENDING"  # seconds that it takes to end
 FAIL_STARTS = "RAY_DRIVERS_FAIL_STARTS"  # a file with one letter for each start that shall fail
 
 
@@ -21,6 +22,9 @@ def session():
         left.write_text(left.read_text()[1:])
         os._exit(1)  # as Ray's library does
     yield
+    time.sleep(float(os.environ.get(ENDING, 0)))
+    if left.parent.exists():
+        (left.parent / "ended").touch()
 
 
 def numbers(count: int, end: str, folder: str):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EmbedInThisProcess
-from ray_drivers import FAIL_STARTS
+from ray_drivers import ENDING, FAIL_STARTS
 
 from jobs import embed_items, ray_process
 from jobs.ray_process import RayDriver
@@ -46,6 +46,17 @@ def test_a_session_that_is_not_needed_ends_with_its_block(driver):
     assert not Path(f"/proc/{process}").exists()
     with RayDriver() as idle:
         assert idle._process is None
+
+
+def test_the_session_ends_beside_what_comes_after_the_last_value_and_is_waited_for(driver, monkeypatch):
+    monkeypatch.setenv(ENDING, "3")
+    with RayDriver() as ending:
+        assert len(list(ending.stream("numbers", 3, "", driver))) == 3
+        process = ending._process._process
+        assert process.poll() is None
+        assert not Path(driver, "ended").exists()
+    assert process.returncode == 0  # not interrupted
+    assert Path(driver, "ended").exists()
 
 
 def test_a_start_that_fails_is_tried_once_more(driver, capsys):
