@@ -12,7 +12,6 @@ Shapes: B texts, h heads, T tokens, d width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from item_tower.decoders.threads import single_threads
 from item_tower.encoder import ItemEncoder
 
 T = TypeVar("T")
@@ -191,8 +191,7 @@ def in_streams(device: torch.device, work: Callable[[T, int], object], batches: 
 
     Raises what ``work`` raises, when the batches that have begun are done; the others are not begun.
     """
-    left, threads = iter(list(batches)), torch.get_num_threads()
-    streams = threads if device.type == "cpu" else 1
+    left = iter(list(batches))
 
     @torch.inference_mode()
     def stream(number: int) -> None:
@@ -202,14 +201,11 @@ def in_streams(device: torch.device, work: Callable[[T, int], object], batches: 
         finally:
             list(left)  # the other streams go on to no other either
 
-    if streams == 1:
+    if device.type != "cpu":
         stream(0)
         return
-    try:
-        with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                list(pool.map(stream, range(streams)))
-            finally:
-                list(left)
-    finally:
-        torch.set_num_threads(threads)  # those of threads still to come are one number for the process
+    with single_threads() as (pool, count):
+        try:
+            list(pool.map(stream, range(count)))
+        finally:
+            list(left)

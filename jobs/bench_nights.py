@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import embed_items
+from jobs.bench_clock import clocked
 from jobs.config import load_config, local_store
 from jobs.context import Context
 from pipeline.catalog import SLICE_ROWS
@@ -64,10 +64,9 @@ def run_nights(context: Context, config: str, sets: list[str]) -> dict[str, dict
     own = [*sets, f'store="{root}"', 'item_tower.use="base"']
 
     def night() -> dict[str, Any]:
-        started = time.perf_counter()
-        found = embed_items.run(Context(load_config(config, None, own)))
-        seconds = time.perf_counter() - started  # with the end of Ray
-        return found | {"seconds": round(seconds, 3), "items_per_second": round(found["embedded"] / seconds, 1)}
+        done = clocked(lambda: embed_items.run(Context(load_config(config, None, own))))  # with the end of Ray
+        rate = round(done.found["embedded"] / done.seconds, 1)
+        return done.found | {"seconds": round(done.seconds, 3), "items_per_second": rate}
 
     try:
         shutil.copytree(context.store.folder(dataset), Store(Path(root)).folder(dataset))

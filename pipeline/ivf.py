@@ -8,9 +8,8 @@ Legend: Q queries, P probed lists of a query, L lists, D dim, k neighbours, m qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from item_tower.decoders.threads import single_threads
 from pipeline.hits import Best, Hits, merge
 
 IntArray = NDArray[np.int64]
@@ -133,18 +133,6 @@ def _laps(first: int, width: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-@contextmanager
-def _workers() -> Iterator[_Workers]:
-    """As many threads as torch has: a product of one list is too small to be shared."""
-    jobs = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            yield _Workers(pool, jobs)
-    finally:
-        torch.set_num_threads(jobs)
-
-
 def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) -> tuple[FloatArray, IntArray]:
     """The k largest inner products of queries [Q, D] with the vectors in their lists.
 
@@ -160,7 +148,8 @@ def search_lists(queries: FloatArray, probes: IntArray, k: int, lists: Lists) ->
     first = max(_FIRST, round(_WIDTH * k / max(1.0, mean)))
     widest = int(read.sizes[probes_QP[:, :first]].sum(1).max())
     step = min(QUERIES, max(1, _CELLS // max(k, widest)))
-    with _workers() as workers:
+    with single_threads() as threads:  # a product of one list is too small to be shared
+        workers = _Workers(*threads)
         for start in range(0, len(queries), step):
             part = probes_QP[start : start + step]
             queries_QD = torch.from_numpy(np.ascontiguousarray(queries[start : start + step], dtype=np.float32))
