@@ -7,8 +7,9 @@ AWS_ACCESS_KEY_ID, ...), as the Delta library reads them too.
 from __future__ import annotations
 
 import io
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -127,8 +128,27 @@ class Bucket:
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; those that are not there do not matter."""
         with self._named(", ".join(names[:1])):
-            if names:
-                obstore.delete(self._store, list(names))
+            try:
+                if names:
+                    obstore.delete(self._store, list(names))
+            except FileNotFoundError:  # gs:// and az:// say so, and leave the others
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._store, [name])
+
+    def require_conditions(self) -> None:
+        """See ``Folder``."""
+        name = f".{uuid.uuid4().hex}"
+        try:
+            self.create(name, b"1")
+            with suppress(StoreError):
+                self.create(name, b"2")
+                raise ConfigError(
+                    f"store = {self.url!r}: this server ignores If-None-Match, so that of two runs at once one would "
+                    f"overwrite what the other wrote; use one with conditional writes, or a path"
+                )
+        finally:
+            self.delete([name])
 
     def upload(self, folder: Path, prefix: str, last: str) -> None:
         """Create an object for each file below a local folder, the one called ``last`` after all others."""

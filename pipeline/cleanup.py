@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import polars as pl
@@ -120,14 +121,17 @@ def clean(
     return done
 
 
-def _needed(store: Store, fingerprint: str) -> NDArray[np.uint64]:
-    """Keys of all snapshots of an item tower, and of all that are about to become one; uint64 [K, 2]."""
+def _needed(store: Store, fingerprint: str) -> pl.DataFrame:
+    """Keys of all snapshots of an item tower, and of all that are about to become one, each once; low, high."""
     # asides first: one that gets its name meanwhile is then seen twice, and never not at all
     # and one that is not yet whole seals after us
-    parts = [np.zeros((0, 2), dtype=np.uint64), *map(decode_keys, store.announced(tables.KEY))]
-    for record in store.all(Snapshot, fingerprint=fingerprint):
-        parts.append(decode_keys(read_items(store, record).column(tables.KEY)))
-    return np.concatenate(parts)
+    announced = store.announced(tables.KEY)
+    kept = (read_items(store, record).column(tables.KEY) for record in store.all(Snapshot, fingerprint=fingerprint))
+    found = pl.DataFrame(schema={"low": pl.UInt64, "high": pl.UInt64})
+    for column in chain(announced, kept):  # joined one by one: most have most keys in common
+        keys = decode_keys(column)
+        found = pl.concat([found, pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})]).unique()
+    return found
 
 
 def _rewrite(store: Store, fingerprint: str, oldest: int) -> tuple[int, int]:
@@ -144,25 +148,19 @@ def _rewrite(store: Store, fingerprint: str, oldest: int) -> tuple[int, int]:
         for group in _groups(old, keep):
             rows = pa.concat_tables([_kept_rows(file, keep[file.name]) for file in group])
             if rows.num_rows:
-                new.append(table.write(fingerprint, rows))
-        if table.replace(fingerprint, [file.name for file in old], new, version):
+                new.append((table.write(fingerprint, rows), min(file.commit for file in group)))
+        if table.replace(fingerprint, old, new, version):
             dropped = sum(file.rows - int(keep[file.name].sum()) for file in old)
             return len(old), dropped
-        for file in new:
-            table.folder.delete([file["path"]])
+        table.folder.delete([file["path"] for file, _ in new])
     raise StoreError(f"{table.folder} was committed to by others all the time; run the clean-up again")
 
 
-def _rows_to_keep(files: Sequence[EmbeddingFile], needed: NDArray[np.uint64]) -> dict[str, NDArray[np.bool_]]:
+def _rows_to_keep(files: Sequence[EmbeddingFile], needed: pl.DataFrame) -> dict[str, NDArray[np.bool_]]:
     """File name -> bool [rows]: the rows that readers choose of the needed keys."""
     found = read_keys(files)
     rows = pl.DataFrame({"low": found[:, 0], "high": found[:, 1]}).with_row_index("place")
-    wanted = pl.DataFrame({"low": needed[:, 0], "high": needed[:, 1]}).unique()
-    live = rows.join(wanted, on=["low", "high"], how="semi")
-    if live.select(pl.struct("low", "high").is_duplicated().any()).item():
-        columns = [tables.CREATED_AT, tables.RUN_ID]
-        stamps = pl.DataFrame(pa.concat_tables([read_file(file, columns) for file in files])).with_row_index("place")
-        live = live.join(stamps, on="place").sort(*columns, "place").unique(["low", "high"], keep="first")
+    live = rows.join(needed, on=["low", "high"], how="semi").sort("place").unique(["low", "high"], keep="first")
     keep = np.zeros(len(found), dtype=bool)
     keep[live["place"].to_numpy()] = True
     ends = np.cumsum([file.rows for file in files])

@@ -1,7 +1,9 @@
 """The table of all item vectors: (fingerprint, key) -> embedding (DESIGN 6).
 
 Parquet files under a Delta log, append-only. Keys are passed as uint64 [N, 2], the two halves of the 16 bytes.
-Every file is a partition value of its own (column ``file``), so that exactly the named files can be replaced.
+Every file is a partition value of its own (column ``file``), so that exactly the named files can be replaced; it
+begins with the number of the commit that brought the rows. Of several rows of one key the first in that order counts,
+for readers and clean-ups alike, so that no later commit changes what a published snapshot reads, whatever the clocks.
 """
 
 from __future__ import annotations
@@ -37,15 +39,19 @@ T = TypeVar("T")
 _FORMAT_KEY = "hllm.store_format"
 _PARTITIONS = [tables.FINGERPRINT, tables.FILE]
 _LOG = "_delta_log/"
+_COMMIT_KEY = "hllm.commit"
+_ATTEMPTS = 50  # to commit between the commits of others
 _BATCH_ROWS = 8_192
 _HOOKS = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """One committed file. name: unique in the table; path: in ``folder``; size: bytes; written_at: milliseconds."""
+    """One committed file. name: unique in the table; commit: number of the one that brought its rows, 0 in tables of
+    before; path: in ``folder``; size: bytes; written_at: milliseconds."""
 
     name: str
+    commit: int
     path: PurePosixPath
     rows: int
     size: int
@@ -106,7 +112,7 @@ class EmbeddingTable:
         return sorted(set(actions.column(f"partition.{tables.FINGERPRINT}").to_pylist()))
 
     def files(self, fingerprint: str) -> list[EmbeddingFile]:
-        """The committed files of one item tower, oldest first."""
+        """The committed files of one item tower, in the order of their commits: of two rows the first counts."""
         table = self._open()
         if table is None:
             return []
@@ -114,6 +120,7 @@ class EmbeddingTable:
         found = [
             EmbeddingFile(
                 name=action[f"partition.{tables.FILE}"],
+                commit=_commit_of(action[f"partition.{tables.FILE}"]),
                 path=PurePosixPath(action["path"]),
                 rows=action["num_records"],
                 size=action["size_bytes"],
@@ -123,7 +130,7 @@ class EmbeddingTable:
             for action in actions
             if action[f"partition.{tables.FINGERPRINT}"] == fingerprint
         ]
-        return sorted(found, key=lambda file: (file.written_at, file.name))
+        return sorted(found, key=lambda file: (file.commit, file.written_at, file.name))
 
     def write(self, fingerprint: str, rows: pa.Table) -> dict[str, Any]:
         """Write one Parquet file into the folder, not yet part of the table; called by workers.
@@ -141,16 +148,22 @@ class EmbeddingTable:
     def commit(self, fingerprint: str, files: Sequence[dict[str, Any]]) -> None:
         """Make files that workers wrote part of the table, in one transaction, flushed to the disk.
 
-        files: as ``write`` returned them. Raises StoreError when one is missing, short or of another schema; then
-        nothing is committed.
+        files: as ``write`` returned them. Raises StoreError when one is missing, short or of another schema, or when
+        others commit all the time; then nothing is committed.
         """
-        actions = [_checked_action(self.folder, fingerprint, file) for file in files]
+        for file in files:
+            _require_as_written(self.folder, file)
         if self.version() < 0:
             self._create()
-        self._write(DeltaTable(str(self.folder)), actions, mode="append")
-        self._flush_log()
+        for _ in range(_ATTEMPTS):
+            version = self.version()
+            actions = [_add_action(fingerprint, file, version + 1) for file in files]
+            if self._commit_at(version, actions, mode="append"):
+                return
+        raise StoreError(f"{self.folder} was committed to by others all the time; nothing was committed, run again")
 
     def _create(self) -> None:
+        self.folder.require_conditions()
         try:
             DeltaTable.create(
                 str(self.folder),
@@ -164,13 +177,19 @@ class EmbeddingTable:
             if self.version() < 0:  # else another run made it at the same moment
                 raise
 
-    def replace(self, fingerprint: str, old: Sequence[str], new: Sequence[dict[str, Any]], version: int) -> bool:
-        """Put new files in the place of the named old ones, if nobody committed since ``version``.
+    def replace(
+        self, fingerprint: str, old: Sequence[EmbeddingFile], new: Sequence[tuple[dict[str, Any], int]], version: int
+    ) -> bool:
+        """Put new files in the place of old ones, if nobody committed since ``version``.
 
-        Returns False, having changed nothing, when somebody did. Raises StoreError as ``commit``.
+        new: what ``write`` returned of each, and the commit in whose place it stands, the earliest of the files that
+        it is made of: it holds only rows that count. Returns False, having changed nothing, when somebody committed.
+        Raises StoreError as ``commit``.
         """
-        actions = [_checked_action(self.folder, fingerprint, file) for file in new]
-        filters = [(tables.FINGERPRINT, "=", fingerprint), (tables.FILE, "in", list(old))]
+        for file, _ in new:
+            _require_as_written(self.folder, file)
+        actions = [_add_action(fingerprint, file, commit) for file, commit in new]
+        filters = [(tables.FINGERPRINT, "=", fingerprint), (tables.FILE, "in", [file.name for file in old])]
         return self._commit_at(version, actions, mode="overwrite", partition_filters=filters)
 
     def seal(self, version: int) -> bool:
@@ -210,10 +229,13 @@ class EmbeddingTable:
         table = self._open()
         if table is None or table.version() != version:
             return False
+        ours = uuid.uuid4().hex
+        properties = CommitProperties(custom_metadata={_COMMIT_KEY: ours}, max_commit_retries=0)
         try:
-            self._write(table, actions, commit_properties=CommitProperties(max_commit_retries=0), **how)
-        except CommitFailedError:
-            return False
+            self._write(table, actions, commit_properties=properties, **how)
+        except CommitFailedError:  # refused; or done, its answer lost and the put repeated
+            if ours not in self.folder.read(f"{_LOG}{version + 1:020d}.json").decode():
+                return False
         self._flush_log()
         return True
 
@@ -249,7 +271,12 @@ def _delta_schema() -> Schema:
     return Schema.from_arrow(pa.schema([*tables.EMBEDDINGS, *partitions]))
 
 
-def _checked_action(folder: Folder, fingerprint: str, file: dict[str, Any]) -> AddAction:
+def _commit_of(name: str) -> int:
+    number, dot, _ = name.partition(".")
+    return int(number) if dot else 0
+
+
+def _require_as_written(folder: Folder, file: dict[str, Any]) -> None:
     path = f"{folder}/{file['path']}"
     try:
         found = pq.ParquetFile(folder.source(file["path"]))
@@ -258,10 +285,14 @@ def _checked_action(folder: Folder, fingerprint: str, file: dict[str, Any]) -> A
             raise StoreError(f"{path} is not what its worker reported; nothing was committed, run again")
     except UNREADABLE as error:
         raise StoreError(f"{path} cannot be read back: {error}; nothing was committed, run again") from error
+
+
+def _add_action(fingerprint: str, file: dict[str, Any], commit: int) -> AddAction:
+    name = f"{commit}.{PurePosixPath(file['path']).stem}"
     return AddAction(
         path=file["path"],
         size=file["size"],
-        partition_values={tables.FINGERPRINT: fingerprint, tables.FILE: PurePosixPath(file["path"]).stem},
+        partition_values={tables.FINGERPRINT: fingerprint, tables.FILE: name},
         modification_time=time.time_ns() // 1_000_000,
         data_change=True,
         stats=json.dumps({"numRecords": file["rows"]}),

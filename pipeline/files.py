@@ -126,6 +126,14 @@ class Folder(Protocol):
     def flush(self, names: Sequence[str]) -> None:
         """Flush files that others wrote, and the folders that they lie in, to the disk."""
 
+    def require_conditions(self) -> None:
+        """Raises ConfigError where a second new file of one name would take the place of the first."""
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
 
 class LocalFolder:
     """A ``Folder`` on a local or shared file system."""
@@ -139,14 +147,13 @@ class LocalFolder:
     def below(self, prefix: str) -> list[Listed]:
         """See ``Folder``."""
         found = []
-        for path in (self.path / prefix).rglob("*"):
-            try:
-                state = path.stat()
-            except FileNotFoundError:  # removed since it was listed
-                continue
-            if stat.S_ISREG(state.st_mode):
-                name = path.relative_to(self.path).as_posix()
-                found.append(Listed(name, state.st_size, state.st_mtime_ns // 1_000_000))
+        for root, _, names in os.walk(self.path / prefix, onerror=_raise_unless_gone):
+            for path in (Path(root) / name for name in names):
+                with suppress(FileNotFoundError):  # removed since it was listed
+                    state = path.stat()
+                    if stat.S_ISREG(state.st_mode):
+                        name = path.relative_to(self.path).as_posix()
+                        found.append(Listed(name, state.st_size, state.st_mtime_ns // 1_000_000))
         return sorted(found)
 
     def read(self, name: str) -> bytes:
@@ -190,6 +197,9 @@ class LocalFolder:
         for folder in {(self.path / name).parent for name in names} | {self.path, self.path.parent}:
             fsync_path(folder)
 
+    def require_conditions(self) -> None:
+        """Nothing to do: a file system makes a name once."""
+
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
@@ -232,10 +242,11 @@ def exclusive(path: Path) -> Iterator[bool]:
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder's name away first, so that no reader finds half of it."""
+    """Take a folder's name away first, so that no reader finds half of it; one that is gone does not matter."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    path.rename(aside)
-    shutil.rmtree(aside)
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
 def sweep(parent: Path, oldest: int) -> None:

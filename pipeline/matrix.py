@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.digests import BLOCK_BYTES, block_digest, hash_block, join_blocks
-from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_column, read_file, read_keys
+from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_column, read_keys
 from pipeline.files import PIECE, naming
 from pipeline.store import Store
 from schemas import tables
@@ -211,16 +211,13 @@ class _Output:
 
 
 def _places(store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Row of each key in the files laid end to end; of several the smallest (created_at, run_id) wins."""
+    """Row of each key in the files laid end to end; of several the first."""
     found = read_keys(files)
     rows = pl.DataFrame({"low": found[:, 0], "high": found[:, 1]}).with_row_index("place")
     on = ["low"]  # half a key tells keys apart but for one chance in 2^64, and joins in a third of the time
     if rows["low"].n_unique() < rows.height:
         on = ["low", "high"]
-        columns = [tables.CREATED_AT, tables.RUN_ID]
-        stamps = pa.concat_tables(on_threads(lambda file: read_file(file, columns), files))
-        rows = pl.concat([rows, pl.DataFrame(stamps)], how="horizontal").sort(*columns, "place")
-        rows = rows.unique(["low", "high"], keep="first", maintain_order=True)
+        rows = rows.unique(on, keep="first", maintain_order=True)
     wanted = pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
     joined = wanted.join(rows, on=on, how="left", maintain_order="left")
     if len(on) == 1:

@@ -16,9 +16,10 @@ class _Silent(WSGIRequestHandler):
 
 
 @contextmanager
-def serve() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """(address, requests so far: method, path, condition, copy_source)."""
-    backend, requests = DomainDispatcherApplication(create_backend_app), []
+def serve() -> Iterator[tuple[str, list[dict[str, str]], list[str]]]:
+    """(address, requests so far: method, path, condition, copy_source; words: the answer to the next put of a path
+    that has the first of them gets lost, and the word is gone)."""
+    backend, requests, lost = DomainDispatcherApplication(create_backend_app), [], []
 
     def application(environ, start_response):
         requests.append(
@@ -29,13 +30,18 @@ def serve() -> Iterator[tuple[str, list[dict[str, str]]]]:
                 "copy_source": environ.get("HTTP_X_AMZ_COPY_SOURCE", ""),
             }
         )
+        if lost and environ["REQUEST_METHOD"] == "PUT" and lost[0] in environ["PATH_INFO"]:
+            lost.pop(0)
+            list(backend(environ, lambda *_: None))
+            start_response("503 Service Unavailable", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>again</Message></Error>"]
         return backend(environ, start_response)
 
     server = make_server("127.0.0.1", 0, application, threaded=False, request_handler=_Silent)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
+        yield f"http://127.0.0.1:{server.server_port}", requests, lost
     finally:
         server.shutdown()
         thread.join()

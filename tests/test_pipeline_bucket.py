@@ -10,10 +10,11 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import obstore
 import polars as pl
 import pytest
 from bucket_server import serve
-from night import TOWER, night, vector
+from night import TOWER, night, right, vector
 
 from pipeline import embeddings
 from pipeline.bucket import Bucket
@@ -30,8 +31,8 @@ TEXTS = [f"text {n}" for n in range(50)]
 
 @pytest.fixture(scope="module")
 def server():
-    with serve() as (address, requests):
-        yield address, requests
+    with serve() as served:
+        yield served
 
 
 @pytest.fixture
@@ -54,10 +55,6 @@ def store(url) -> BucketStore:
     found = open_store(url)
     assert isinstance(found, BucketStore)
     return found
-
-
-def right(matrix) -> bool:
-    return np.array_equal(matrix.vectors, np.stack([vector(text) for text in matrix.item_ids]))
 
 
 def test_files_of_a_bucket_and_of_a_folder_behave_alike(url, tmp_path):
@@ -93,7 +90,7 @@ def test_a_night_in_a_bucket_comes_back_right_and_the_same_content_is_the_same_s
 
 
 def test_every_write_has_its_condition_and_nothing_is_renamed(store, server):
-    _, requests = server
+    requests = server[1]
     requests.clear()
     night(store, "one", TEXTS)
     clean(store, NOW)
@@ -109,11 +106,25 @@ def test_every_write_has_its_condition_and_nothing_is_renamed(store, server):
 def test_a_commit_on_an_old_version_is_refused(store):
     night(store, "one", TEXTS[:20])
     table = store.embeddings
-    version, old = table.version(), [file.name for file in table.files(TOWER)]
+    version, old = table.version(), table.files(TOWER)
     assert table.seal(version)
     assert not table.seal(version)
     assert not table.replace(TOWER, old, [], version)
     assert table.files(TOWER) != []
+
+
+def test_a_commit_whose_answer_was_lost_is_done(store, server):
+    table, words = store.embeddings, server[2]
+    words.append("_delta_log/")
+    record = night(store, "one", TEXTS)
+    assert words == []
+    assert len(table.files(TOWER)) == 3
+    words.append(f"_delta_log/{table.version() + 1:020d}")
+    assert clean(store, RetentionConfig(days=100, job_hours=0)).files == 3  # not taken for a commit of others
+    assert words == []
+    assert len(table.files(TOWER)) == 1
+    shutil.rmtree(store.root)
+    assert right(open_snapshot(store, record))
 
 
 def test_what_was_not_finished_does_not_exist_and_is_swept(store, monkeypatch):
@@ -203,6 +214,28 @@ def test_damage_and_loss_are_named_with_the_way_out(store):
         open_snapshot(store, record)
 
 
+def test_what_is_gone_already_keeps_nothing_else_from_being_deleted(url, monkeypatch):
+    bucket, delete = Bucket(url), obstore.delete
+    bucket.create("here", b"1")
+
+    def as_gs(store, names):  # which answers 404, where S3 says nothing
+        if "gone" in names:
+            raise FileNotFoundError("404")
+        delete(store, names)
+
+    monkeypatch.setattr(obstore, "delete", as_gs)
+    bucket.delete(["gone", "here"])
+    assert bucket.below("") == []
+
+
+def test_a_bucket_that_ignores_conditions_is_refused(store, monkeypatch):
+    monkeypatch.setattr(Bucket, "create", lambda self, name, data: self.overwrite(name, bytes(data)))
+    with pytest.raises(ConfigError, match=r"store = 's3://.* ignores If-None-Match"):
+        night(store, "one", TEXTS[:1])
+    assert store.embeddings.version() == -1
+    assert {each.name.partition("/")[0] for each in store.bucket.below("")} == {"item_embeddings"}  # one data file
+
+
 def test_a_bucket_that_is_not_there_is_one_line(url):
     with pytest.raises(StoreError, match=r"s3://other-bucket/x/snapshots/: .*NoSuchBucket|404"):
         open_store("s3://other-bucket/x").all(Snapshot)
@@ -229,6 +262,7 @@ def test_two_nights_and_a_clean_up_at_once_in_a_bucket(store, url):
         for run in runs:
             output, errors = run.communicate()
             assert run.returncode == 0, errors
+            shutil.rmtree(store.matrices, ignore_errors=True)
             assert right(open_snapshot(store, store.get(Snapshot, output.strip().splitlines()[-1])))
 
 

@@ -20,6 +20,7 @@ from pipeline.cache import (
     snapshot_items,
 )
 from pipeline.catalog import CatalogScan
+from pipeline.cleanup import RetentionConfig, clean
 from pipeline.embeddings import stamped
 from pipeline.files import write_record
 from pipeline.gates import GateConfig
@@ -108,7 +109,7 @@ def test_the_second_opening_reads_no_table_and_a_damaged_local_file_is_built_aga
     record = publish(store)
     local = store.matrix_file(record.vectors_digest)
     with monkeypatch.context() as patch:
-        patch.setattr(matrix, "read_file", None)
+        patch.setattr(matrix, "read_column", None)
         assert isinstance(open_snapshot(store, record).vectors, np.memmap)
     for damage in (b"", b"x" * local.stat().st_size):
         local.write_bytes(damage)
@@ -172,14 +173,22 @@ def test_the_same_content_is_the_same_snapshot_and_a_change_is_its_child(store):
     assert open_snapshot(store, first).item_ids == IDS
 
 
-def test_of_two_rows_of_one_key_the_earlier_run_wins_everywhere(store, monkeypatch):
-    late, early = {key: [9.0, 9.0] for key in VECTORS}, VECTORS
-    files = []
-    for vectors, at, run_id in [(late, 2_000, "a"), (early, 1_000, "b"), (late, 1_000, "c")]:
+def test_of_two_rows_of_one_key_the_first_committed_counts_for_good(store, monkeypatch):
+    other, now = {key: [9.0, 9.0] for key in VECTORS}, 10 * 24 * 3_600_000
+    early, files = write(store, other, "a"), []  # stamped first, committed last
+    for vectors, at in [(VECTORS, now), (other, now - 5_000), (other, now + 5_000)]:  # another node's clock
         monkeypatch.setattr(embeddings.time, "time_ns", lambda at=at: at * 1_000_000)
-        files.append(write(store, vectors, run_id))
-    store.embeddings.commit(TOWER, files)
-    assert open_snapshot(store, publish(store)).vectors.tolist() == [VECTORS[key] for key in KEYS]
+        files.append(write(store, vectors, f"run {at}"))
+        store.embeddings.commit(TOWER, [files[-1]])
+        if len(files) == 1:
+            record = publish(store)
+    store.embeddings.commit(TOWER, [early])
+    for at, commits in [(now - 10_000, 4), (now + 1, 3), (now + 10_000, 1)]:  # the second joins only the older two
+        clean(store, RetentionConfig(days=100, job_hours=0), now=at)
+        assert len(store.embeddings.files(TOWER)) == commits
+        shutil.rmtree(store.matrices)
+        assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
+        assert publish(store) == record
 
 
 @pytest.mark.parametrize("damage", ["short", "gone", "foreign"])
@@ -261,8 +270,8 @@ def test_files_are_replaced_only_if_nobody_committed_meanwhile(store):
     table = store.embeddings
     table.commit(TOWER, [write(store, {K1: [1, 2]}), write(store, {K2: [3, 4]})])
     record = publish(store, ["a", "b"], [K1, K2])
-    version, old = table.version(), [file.name for file in table.files(TOWER)]
-    joined = write(store, {K1: [1, 2], K2: [3, 4]})
+    version, old = table.version(), table.files(TOWER)
+    joined = (write(store, {K1: [1, 2], K2: [3, 4]}), old[0].commit)
     table.commit(TOWER, [write(store, {K3: [5, 6]})])
     assert not table.replace(TOWER, old, [joined], version)
     assert table.replace(TOWER, old, [joined], table.version())

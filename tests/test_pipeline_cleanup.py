@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,18 @@ def test_what_is_young_stays_needed_or_not(store):
     assert (done.snapshots, done.rows, done.files) == ([first.id], 0, 0)
     assert (store.embeddings.folder.path / unfinished["path"]).exists()
     assert len(data_files(store)) == 3
+
+
+def test_two_clean_ups_at_once_do_the_work_of_one(store):
+    embed(store, ["a", "b"])
+    made = [publish(store, ["a"] if number % 2 else ["a", "b"]) for number in range(30)]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(
+            pool.map(lambda _: clean(Store(store.root), RetentionConfig(days=0, newest=1, job_hours=1)), range(2))
+        )
+    assert {id for each in done for id in each.snapshots} == {record.id for record in made[:-1]}
+    assert [record.id for record in store.all(Snapshot)] == [made[-1].id]
+    assert [path.name for path in store.parent(Snapshot).iterdir()] == [made[-1].id]
 
 
 def test_retention_keeps_the_newest_of_every_tower_in_use(store, monkeypatch):

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 
 import pytest
 
 from pipeline import files
-from pipeline.files import disk_full, new_folder, next_created_at, read_record, record_id, write_file, write_record
+from pipeline.files import (
+    LocalFolder,
+    disk_full,
+    new_folder,
+    next_created_at,
+    read_record,
+    record_id,
+    write_file,
+    write_record,
+)
 from pipeline.store import Store
 from schemas.errors import NotFoundError, StoreError
 from schemas.records import STORE_FORMAT, Index
@@ -45,6 +56,28 @@ def test_a_folder_is_invisible_until_it_is_whole_and_its_name_is_never_reused(tm
                 assert not (tmp_path / "x").exists()
     assert (tmp_path / "x" / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_listing_leaves_out_what_goes_meanwhile_and_names_a_broken_disk(tmp_path, monkeypatch):
+    for name in ("a/one", "b/two", "c/three"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x")
+    scandir = os.scandir
+
+    def removing(path):
+        if str(path).endswith("b"):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removing)
+    assert [each.name for each in LocalFolder(tmp_path).below("")] == ["a/one", "c/three"]
+
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}"):
+        LocalFolder(tmp_path).below("")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

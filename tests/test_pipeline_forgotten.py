@@ -162,7 +162,7 @@ def test_a_bucket_loses_rows_and_local_copies_too(board, tmp_path, monkeypatch):
     import boto3
 
     store, _, record = board
-    with serve() as (address, _):
+    with serve() as (address, *_):
         for name, value in {
             "AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "XDG_CACHE_HOME": str(tmp_path / "copies"),
