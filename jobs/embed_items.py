@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from pipeline.cache import (
     remembered_failures,
     snapshot_items,
 )
-from pipeline.catalog import read_texts, scan_catalog
+from pipeline.catalog import CatalogScan, read_texts, scan_catalog
 from pipeline.gates import GateConfig, choose_probes, lowest_agreement, pass_gate
 from schemas import tables
 from schemas.errors import ConfigError, DataError
@@ -45,7 +46,7 @@ class Totals:
     padded: int = 0
     truncated: int = 0
     seconds: float = 0.0
-    agreement: float = 1.0
+    agreement: float | None = None  # not measured where no text has a stored vector
     failed: dict[int, str] = field(default_factory=dict)  # catalog row -> reason
 
     def add(self, report: dict[str, Any]) -> None:
@@ -103,11 +104,11 @@ def _embed_missing(
                 if report["vectors"] is not None:
                     kind = np.dtype(config.output_dtype).newbyteorder("<")
                     tonight = np.frombuffer(report["vectors"], dtype=kind).reshape(-1, tower.dim)
-                    _check_agreement(totals, stored, tonight, limits)
+                    _check_agreement(totals, plan.scan, stored, tonight, report, limits)
                     agreed = True
                     continue
                 totals.add(report)
-                _check_failures(totals, len(plan.scan.rows), limits)
+                _check_failures([*plan.refused.values(), *totals.failed.values()], plan.scan, limits)
                 waiting.append(report)
                 if agreed and sum(report["rows"] for report in waiting) >= config.commit_texts:
                     commit()
@@ -118,29 +119,38 @@ def _embed_missing(
 
 
 def _check_agreement(
-    totals: Totals, stored: NDArray[np.floating], tonight: NDArray[np.floating], limits: GateConfig
+    totals: Totals,
+    scan: CatalogScan,
+    stored: NDArray[np.floating],
+    tonight: NDArray[np.floating],
+    report: dict[str, Any],
+    limits: GateConfig,
 ) -> None:
-    if len(tonight) < len(stored):
-        raise DataError(
-            f"{len(stored) - len(tonight)} texts that have a stored vector fail in the item tower tonight"
-        )
     way_out = (
         "A library, a kernel or the processor changed since: bring it back, or embed everything anew into "
         "another store"
     )
+    if report["failed_rows"]:
+        first = scan.item_ids[int(np.searchsorted(scan.rows, report["failed_rows"][0]))].as_py()
+        raise DataError(
+            f"{len(report['failed_rows'])} texts that have a stored vector fail in the item tower tonight, that of "
+            f"item {first!r} with: {report['failed_reasons'][0]}; nothing was committed. {way_out}"
+        )
     agreement = lowest_agreement(stored, tonight)
     totals.agreement = pass_gate("agreement", agreement, limits.min_agreement, way_out, at_least=True)
 
 
-def _check_failures(totals: Totals, items: int, limits: GateConfig) -> None:
-    if totals.failed:
-        first = next(iter(totals.failed.values()))
-        way_out = f"The first of {len(totals.failed)} failed with: {first}. Repair it, or raise gates.max_failed"
-        pass_gate("failed", len(totals.failed) / items, limits.max_failed, way_out)
+def _check_failures(reasons: Collection[str], scan: CatalogScan, limits: GateConfig) -> float:
+    """The share of the catalog that fails, tonight or remembered. Raises GateError."""
+    way_out = ""
+    if reasons:
+        first = next(iter(reasons))
+        way_out = f"The first of {len(reasons)} failed with: {first}. Repair it, or raise gates.max_failed"
+    return pass_gate("failed", len(reasons) / max(1, len(scan.keys)), limits.max_failed, way_out)
 
 
-def _left_out(plan: EmbeddingPlan, totals: Totals) -> tuple[set[int], pa.Table]:
-    """Places of the scan without a vector, and the quarantine of the snapshot."""
+def _left_out(plan: EmbeddingPlan, totals: Totals) -> tuple[dict[int, str], pa.Table]:
+    """Places of the scan without a vector with the reason of each, and the quarantine of the snapshot."""
     scan = plan.scan
     reasons = dict(plan.refused)
     if totals.failed:
@@ -166,7 +176,18 @@ def _left_out(plan: EmbeddingPlan, totals: Totals) -> tuple[set[int], pa.Table]:
         ],
         schema=tables.LEFT_OUT,
     )
-    return set(reasons), quarantine
+    return reasons, quarantine
+
+
+def _items(plan: EmbeddingPlan, reasons: dict[int, str], quarantine: pa.Table) -> pa.Table:
+    items = snapshot_items(plan.scan, set(reasons))
+    if not items.num_rows:
+        first = quarantine.slice(0, 1).to_pylist()[0]
+        raise DataError(
+            f"all {quarantine.num_rows} items are left out, {first[tables.ITEM_ID]!r} for: {first[tables.REASON]}; "
+            f"repair them, or name columns with text in template.fields"
+        )
+    return items
 
 
 def _guard(context: Context, plan: EmbeddingPlan, config: EmbedConfig) -> None:
@@ -218,7 +239,9 @@ def run(context: Context, plan_only: bool = False, allow_full: bool = False) -> 
     if plan_only:
         return _estimate(context, tower, plan) | {"seconds": round(time.perf_counter() - started, 3)}
     if not plan.embedded:
-        snapshot = find_snapshot(store, tower.fingerprint, snapshot_items(scan, set(plan.refused)))
+        reasons, quarantine = _left_out(plan, Totals())
+        items = _items(plan, reasons, quarantine)
+        snapshot = find_snapshot(store, tower.fingerprint, items, quarantine)
         if snapshot is not None:
             print(f"nothing to embed: {snapshot.items} items are in snapshot {snapshot.id}", file=sys.stderr)
             return _report(snapshot, plan, Totals(), time.perf_counter() - started)
@@ -248,20 +271,20 @@ def _publish(
         totals = _embed_missing(context, tower, plan, run_id, driver)
     way_out = "Raise encoder.max_length, shorten the texts, or raise gates.max_truncated"
     truncated = pass_gate("truncated", totals.truncated / max(1, totals.texts), limits.max_truncated, way_out)
-    places, quarantine = _left_out(plan, totals)
+    reasons, quarantine = _left_out(plan, totals)
+    gates = {"failed": _check_failures(reasons.values(), plan.scan, limits), "truncated": truncated}
+    if totals.agreement is not None:
+        gates["agreement"] = totals.agreement
+    items = _items(plan, reasons, quarantine)
     snapshot = create_snapshot(
         context.store,
         tower.fingerprint,
-        snapshot_items(plan.scan, places),
+        items,
         quarantine,
         dtype=config.embed.output_dtype,
         dim=tower.dim,
         limits=limits,
-        gates={
-            "failed": len(places) / max(1, len(plan.scan.keys)),
-            "truncated": truncated,
-            "agreement": totals.agreement,
-        },
+        gates=gates,
         facts={
             "embedded": plan.embedded,
             "reused": plan.reused,

@@ -124,11 +124,20 @@ def snapshot_items(scan: CatalogScan, left_out: set[int]) -> pa.Table:
     return items.filter(pa.array(kept))
 
 
-def find_snapshot(store: Store, fingerprint: str, items: pa.Table) -> Snapshot | None:
-    """The newest snapshot of an item tower if it has this content; else None."""
+def find_snapshot(store: Store, fingerprint: str, items: pa.Table, quarantine: pa.Table) -> Snapshot | None:
+    """The newest snapshot of an item tower if it has these items, left out these, and reads back whole; else None.
+
+    Raises StoreError when the table or the snapshot is damaged.
+    """
     newest = store.newest(Snapshot, fingerprint=fingerprint)
-    same = newest is not None and newest.content_digest == content_digest(fingerprint, items)
-    return newest if same else None
+    if newest is None or newest.content_digest != content_digest(fingerprint, items):
+        return None
+    if not _left_out(store, newest).equals(quarantine):
+        return None
+    keys = decode_keys(items.column(tables.KEY))
+    found, vectors = build_matrix(store, fingerprint, keys, newest.dtype, newest.dim, check=True)
+    same = newest.vectors_digest in (found, block_digest(vectors, newest.vectors_digest))
+    return newest if same else None  # else the table was restored, and embedded into, since
 
 
 def create_snapshot(
@@ -143,13 +152,13 @@ def create_snapshot(
     gates: dict[str, float],
     facts: dict[str, Any],
 ) -> Snapshot:
-    """Publish a snapshot whose vectors are all committed; a rerun returns the one that is there.
+    """Publish a snapshot whose vectors are all committed; a rerun returns the one that is there (``find_snapshot``).
 
     items: of ``snapshot_items``; quarantine: of ``tables.LEFT_OUT``; gates: what was measured before; facts: the
     other fields of the record. Raises StoreError when a vector is missing, EmbeddingError when one is not finite
     or zero, GateError when the vectors have collapsed.
     """
-    existing = find_snapshot(store, fingerprint, items)
+    existing = find_snapshot(store, fingerprint, items, quarantine)
     if existing is not None:
         return existing
     parent = store.newest(Snapshot, fingerprint=fingerprint)
@@ -216,12 +225,16 @@ def read_items(store: Store, record: Snapshot) -> pa.Table:
     return items
 
 
+def _left_out(store: Store, record: Snapshot) -> pa.Table:
+    return _read_checked(store, record, "quarantine.parquet", tables.LEFT_OUT)
+
+
 def remembered_failures(store: Store, fingerprint: str) -> dict[bytes, str]:
     """Keys that the newest snapshot of an item tower left out because they failed twice, with the reasons."""
     newest = store.newest(Snapshot, fingerprint=fingerprint)
     if newest is None:
         return {}
-    left_out = _read_checked(store, newest, "quarantine.parquet", tables.LEFT_OUT)
+    left_out = _left_out(store, newest)
     rows = zip(left_out.column(tables.KEY).to_pylist(), left_out.column(tables.REASON).to_pylist(), strict=True)
     return {key: reason for key, reason in rows if key is not None}
 

@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 from numpy.typing import NDArray
 
-from pipeline.files import UNREADABLE, Folder, Listed
+from pipeline.files import UNREADABLE, Folder, Listed, disk_broken, disk_full
 from schemas import tables
 from schemas.errors import DataError, StoreError
 from schemas.records import STORE_FORMAT
@@ -165,15 +166,16 @@ class EmbeddingTable:
     def _create(self) -> None:
         self.folder.require_conditions()
         try:
-            DeltaTable.create(
-                str(self.folder),
-                schema=_delta_schema(),
-                mode="ignore",
-                partition_by=_PARTITIONS,
-                configuration={_FORMAT_KEY: str(STORE_FORMAT)},
-                raise_if_key_not_exists=False,
-            )
-        except DeltaError:
+            with _written(self.folder):
+                DeltaTable.create(
+                    str(self.folder),
+                    schema=_delta_schema(),
+                    mode="ignore",
+                    partition_by=_PARTITIONS,
+                    configuration={_FORMAT_KEY: str(STORE_FORMAT)},
+                    raise_if_key_not_exists=False,
+                )
+        except (CommitFailedError, StoreError):
             if self.version() < 0:  # else another run made it at the same moment
                 raise
 
@@ -208,13 +210,14 @@ class EmbeddingTable:
         table = self._open()
         if table is None:
             return []
-        gone = table.vacuum(
-            # whole hours only: rounded up, so that nothing younger goes
-            retention_hours=math.ceil(hours),
-            enforce_retention_duration=False,
-            dry_run=False,
-            full=True,
-        )
+        with _written(self.folder):
+            gone = table.vacuum(
+                # whole hours only: rounded up, so that nothing younger goes
+                retention_hours=math.ceil(hours),
+                enforce_retention_duration=False,
+                dry_run=False,
+                full=True,
+            )
         oldest = time.time_ns() // 1_000_000 - math.ceil(hours) * 3_600_000
         staged = [each for each in self.folder.below(_LOG) if re.search(r"#\d+$|\.tmp$", each.name)]
         self.folder.delete([each.name for each in staged if each.modified <= oldest])  # of killed commits
@@ -240,15 +243,30 @@ class EmbeddingTable:
         return True
 
     def _write(self, table: DeltaTable, actions: list[AddAction], **how: Any) -> None:
-        table.create_write_transaction(
-            actions, schema=_delta_schema(), partition_by=_PARTITIONS, post_commithook_properties=_HOOKS, **how
-        )
+        with _written(self.folder):
+            table.create_write_transaction(
+                actions, schema=_delta_schema(), partition_by=_PARTITIONS, post_commithook_properties=_HOOKS, **how
+            )
 
     def _flush_log(self) -> None:
         """All that is in force: this run may build on a commit that its own writer has not flushed yet."""
         entries, checkpoint = self._log()
         hint = [f"{_LOG}_last_checkpoint"] if checkpoint else []
         self.folder.flush([*(each.name for each in entries), *checkpoint, *hint])
+
+
+@contextmanager
+def _written(folder: Folder) -> Iterator[None]:
+    """What the Delta library raises but for a refused commit, and a disk's own errors, as a StoreError."""
+    try:
+        yield
+    except CommitFailedError:
+        raise
+    except (DeltaError, OSError) as error:
+        if disk_full(error) or disk_broken(error):
+            raise
+        reason = str(error).strip().splitlines()[0]  # a trace of Rust follows
+        raise StoreError(f"{folder} cannot be written: {reason}; see to it and run the command again") from error
 
 
 def _check_log(folder: Folder, entries: Sequence[Listed]) -> None:

@@ -27,7 +27,7 @@ _ROWS = 65_536
 def write_vectors(path: Path, matrix: ItemMatrix) -> int:
     """Write item_id, embedding, available in item order, as stored (not normalised); returns the rows.
 
-    The file appears whole or not at all. Raises ConfigError when its folder does not exist.
+    The file appears whole or not at all. Raises ConfigError when its folder does not exist, or it is one.
     """
     schema = pa.schema(
         [
@@ -74,7 +74,9 @@ def _lists(vectors: NDArray[np.floating]) -> pa.Array:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file to fill that gets its name when the block ends. Raises ConfigError when its folder does not exist."""
+    """A file to fill that gets its name when the block ends. Raises ConfigError when that is a folder, or in none."""
+    if path.is_dir():
+        raise ConfigError(f"--out {path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: there is no folder {path.parent}; make it first")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

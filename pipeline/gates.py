@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.catalog import CatalogScan
-from pipeline.embeddings import EmbeddingTable, decode_keys, decode_vectors, read_file
+from pipeline.embeddings import EmbeddingTable, decode_vectors, read_file, read_keys
 from schemas import tables
 from schemas.errors import GateError
 
@@ -16,6 +16,7 @@ PROBES = 256
 _PROBE_FILES = 4
 _PAIRS = 20_000
 _SAME = 0.99
+_PAIR = ["low", "high"]  # the halves of a key
 
 
 class GateConfig(BaseModel):
@@ -34,8 +35,8 @@ class GateConfig(BaseModel):
 
 
 def pass_gate(name: str, value: float, limit: float, way_out: str, *, at_least: bool = False) -> float:
-    """Return ``value``. Raises GateError, with value and limit, when it is on the wrong side of ``limit``."""
-    if (value < limit) if at_least else (value > limit):
+    """Return ``value``. Raises GateError, with value and limit, when it is on the wrong side of ``limit`` or NaN."""
+    if not ((value >= limit) if at_least else (value <= limit)):
         side = "below" if at_least else "above"
         raise GateError(f"gate {name}: {value:.6g} is {side} {limit:g}; no snapshot was made. {way_out}")
     return value
@@ -70,30 +71,41 @@ def check_collapse(vectors: NDArray[np.floating], keys: NDArray[np.uint64], limi
 def choose_probes(
     table: EmbeddingTable, fingerprint: str, scan: CatalogScan, dtype: str, dim: int
 ) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
-    """Places in the scan of up to 256 items whose text has a stored vector, and those vectors [n, D].
+    """Places in the scan of up to 256 items whose text has a stored vector, and those vectors [n, D]; none only where
+    no text has one.
 
-    Taken from a few random files, so that a large table is not read whole.
+    Taken from random files, the likelier the more of these texts they hold: four, so that a large table is not read
+    whole, or as many small ones as hold 256.
     """
     files = table.files(fingerprint)
-    rng = np.random.default_rng(len(files))
-    wanted = pl.DataFrame({"low": scan.keys[:, 0], "high": scan.keys[:, 1]}).with_row_index("place")
-    wanted = wanted.unique(["low", "high"], keep="first")
-    places, vectors = [np.zeros(0, dtype=np.int64)], [np.zeros((0, dim), dtype=dtype)]
-    for number in rng.permutation(len(files))[:_PROBE_FILES]:
-        rows = read_file(files[number], [tables.KEY, tables.EMBEDDING])
-        keys = decode_keys(rows.column(tables.KEY))
-        stored = pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]}).with_row_index("row")
-        both = stored.join(wanted, on=["low", "high"], how="inner", maintain_order="left")
-        picked = np.sort(rng.permutation(both.height)[: PROBES // _PROBE_FILES])
-        places.append(both["place"].to_numpy()[picked].astype(np.int64))
-        found = decode_vectors(rows.column(tables.EMBEDDING), dtype, dim)
-        vectors.append(found[both["row"].to_numpy()[picked]])
+    wanted = _frame(scan.keys).with_row_index("place").unique(_PAIR, keep="first")
+    stored = _frame(read_keys(files)).with_row_index("row").join(wanted, on=_PAIR, maintain_order="left")
+    stored = stored.unique(_PAIR, keep="first", maintain_order=True)
+    if stored.is_empty():
+        return np.zeros(0, dtype=np.int64), np.zeros((0, dim), dtype=dtype)
+    ends = np.cumsum([file.rows for file in files])
+    file_of = np.searchsorted(ends, stored["row"].to_numpy(), side="right")
+    counts = np.bincount(file_of, minlength=len(files))
+    rng = np.random.default_rng(table.version() + 1)  # others every night
+    holding = np.flatnonzero(counts)
+    drawn = rng.choice(holding, len(holding), replace=False, p=counts[holding] / counts.sum())
+    few = max(_PROBE_FILES, 1 + int(np.searchsorted(np.cumsum(counts[drawn]), PROBES)))
+    picked = rng.permutation(np.flatnonzero(np.isin(file_of, drawn[:few])))[:PROBES]
+    places, vectors = [], []
+    for number in np.unique(file_of[picked]).tolist():
+        chosen = stored[np.sort(picked[file_of[picked] == number])]
+        column = read_file(files[number], [tables.EMBEDDING]).column(tables.EMBEDDING)
+        places.append(chosen["place"].to_numpy().astype(np.int64))
+        first = int(ends[number]) - files[number].rows
+        vectors.append(decode_vectors(column, dtype, dim)[chosen["row"].to_numpy() - first])
     return np.concatenate(places), np.concatenate(vectors)
 
 
+def _frame(keys: NDArray[np.uint64]) -> pl.DataFrame:
+    return pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
+
+
 def lowest_agreement(stored: NDArray[np.floating], tonight: NDArray[np.floating]) -> float:
-    """The lowest cosine between rows of two arrays [n, D]; 1 for none."""
-    if not len(stored):
-        return 1.0
+    """The lowest cosine between rows of two arrays [n, D], n > 0; NaN where one is zero or not finite."""
     a, b = stored.astype(np.float32), tonight.astype(np.float32)
     return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())

@@ -16,10 +16,10 @@ class _Silent(WSGIRequestHandler):
 
 
 @contextmanager
-def serve() -> Iterator[tuple[str, list[dict[str, str]], list[str]]]:
-    """(address, requests so far: method, path, condition, copy_source; words: the answer to the next put of a path
-    that has the first of them gets lost, and the word is gone)."""
-    backend, requests, lost = DomainDispatcherApplication(create_backend_app), [], []
+def serve() -> Iterator[tuple[str, list[dict[str, str]], list[tuple[str, str]]]]:
+    """(address, requests so far: method, path, condition, copy_source; faults: ("lost" or "denied", word): the
+    answer to the next put of a path with this word is lost, or it is refused)."""
+    backend, requests, faults = DomainDispatcherApplication(create_backend_app), [], []
 
     def application(environ, start_response):
         requests.append(
@@ -30,18 +30,20 @@ def serve() -> Iterator[tuple[str, list[dict[str, str]], list[str]]]:
                 "copy_source": environ.get("HTTP_X_AMZ_COPY_SOURCE", ""),
             }
         )
-        if lost and environ["REQUEST_METHOD"] == "PUT" and lost[0] in environ["PATH_INFO"]:
-            lost.pop(0)
-            list(backend(environ, lambda *_: None))
-            start_response("503 Service Unavailable", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>SlowDown</Code><Message>again</Message></Error>"]
+        if faults and environ["REQUEST_METHOD"] == "PUT" and faults[0][1] in environ["PATH_INFO"]:
+            kind, _ = faults.pop(0)
+            if kind == "lost":
+                list(backend(environ, lambda *_: None))
+            status = {"lost": "503 Service Unavailable", "denied": "403 Forbidden"}[kind]
+            start_response(status, [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{status}</Code></Error>".encode()]
         return backend(environ, start_response)
 
     server = make_server("127.0.0.1", 0, application, threaded=False, request_handler=_Silent)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", requests, lost
+        yield f"http://127.0.0.1:{server.server_port}", requests, faults
     finally:
         server.shutdown()
         thread.join()

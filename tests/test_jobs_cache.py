@@ -93,6 +93,53 @@ def test_a_poison_item_is_left_out_and_remembered(workspace, embed_here, poison)
     assert embed_here[-1] == ["title: kind of, year: 3", "title: kind of, year: 5"]
 
 
+def add_item(workspace, item_id: str, title: str, year: str) -> None:
+    items = pl.read_csv(workspace.data("items"), infer_schema=False)
+    added = pl.DataFrame({"item_id": [item_id], "title": [title], "year": [year]})
+    pl.concat([items, added]).write_csv(workspace.data("items"))
+    workspace.run("prepare-data")
+
+
+def test_new_items_that_are_left_out_are_in_a_snapshot_and_not_tried_again(workspace, embed_here, poison):
+    limits = ("--set", "gates.max_failed=0.1", "--set", "template.empty_text=quarantine", *BASE)
+    workspace.run("prepare-data")
+    first = workspace.run("embed-items", *limits)
+    add_item(workspace, "zz", "kind of", "1")
+    second = workspace.run("embed-items", *limits)
+    assert (second["items"], second["quarantined"], second["snapshot"] == first["snapshot"]) == (24, 1, False)
+    calls = len(embed_here)
+    assert workspace.run("embed-items", *limits)["snapshot"] == second["snapshot"]
+    add_item(workspace, "zzz", "", "")
+    assert workspace.run("embed-items", "--plan", *limits)["quarantined"] == 2
+    third = workspace.run("embed-items", *limits)
+    assert (third["items"], third["embedded"], third["quarantined"], len(embed_here)) == (24, 0, 2, calls)
+    store = Store(workspace.store)
+    left = pl.read_parquet(store.folder(store.require(Snapshot)) / "quarantine.parquet")
+    assert sorted(left["item_id"]) == ["zz", "zzz"]
+
+
+def test_failures_of_many_nights_add_up_to_the_limit(workspace, embed_here, poison):
+    limits = ("--set", "gates.max_failed=0.1", *BASE)
+    workspace.run("prepare-data")
+    for night in range(2):
+        retitle(workspace, **{f"i{night}": "kind of"})
+        assert workspace.run("embed-items", *limits)["quarantined"] == night + 1
+    retitle(workspace, i2="kind of")
+    error = workspace.fails("embed-items", *limits)["error"]
+    assert "gate failed: 0.125 is above 0.1" in error
+    assert "RuntimeError: cannot" in error
+
+
+def test_a_catalog_of_which_nothing_is_left_is_one_line(workspace, embed_here, poison):
+    retitle(workspace, **{f"i{n}": "kind of" for n in range(24)})
+    error = workspace.fails("embed-items", "--set", "gates.max_failed=1", *BASE)
+    assert error["kind"] == "Data"
+    assert "all 24 items are left out, 'i0' for: RuntimeError: cannot" in error["error"]
+    retitle(workspace, **{f"i{n}": "" for n in range(24)})
+    empty = ("--set", "template.empty_text=quarantine", "--set", 'template.fields=["title"]', *BASE)
+    assert "'i0' for: no text in the template's fields" in workspace.fails("embed-items", *empty)["error"]
+
+
 def test_finished_chunks_are_kept_when_a_later_window_fails(workspace, embed_here, poison):
     small = ("--set", "embed.window=6", "--set", "embed.commit_texts=6", *BASE)
     workspace.run("prepare-data")
@@ -122,6 +169,25 @@ def test_stored_vectors_that_come_out_different_stop_the_run(workspace, embed_he
     assert "gate agreement: 0." in error["error"]
     assert workspace.published() == before
     assert workspace.run("embed-items", *BASE)["embedded"] == 1
+
+
+def test_stored_vectors_are_compared_however_many_nights_their_files_are_of(workspace, embed_here, monkeypatch):
+    workspace.run("prepare-data")
+    workspace.run("embed-items", *BASE)
+    assert "agreement" not in Store(workspace.store).require(Snapshot).gates  # of nothing
+    for night in range(9):
+        retitle(workspace, i3=f"green {night}")
+        workspace.run("embed-items", *BASE)
+    assert Store(workspace.store).require(Snapshot).gates["agreement"] > 0.999
+    retitle(workspace, i3="The green 3")
+    forward = ItemEncoder.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(ItemEncoder, "forward", lambda self, ids, mask: forward(self, ids, mask).roll(1, dims=1))
+        assert "gate agreement: " in workspace.fails("embed-items", *BASE)["error"]
+        patch.setattr(ItemEncoder, "forward", lambda self, ids, mask: 1 / 0)
+        error = workspace.fails("embed-items", *BASE)
+    assert error["kind"] == "Data"
+    assert "stored vector fail in the item tower tonight, that of item 'i0' with: ZeroDivisionError" in error["error"]
 
 
 def test_snapshots_are_listed_shown_and_cleaned(workspace, embed_here):

@@ -114,14 +114,14 @@ def test_a_commit_on_an_old_version_is_refused(store):
 
 
 def test_a_commit_whose_answer_was_lost_is_done(store, server):
-    table, words = store.embeddings, server[2]
-    words.append("_delta_log/")
+    table, faults = store.embeddings, server[2]
+    faults.append(("lost", "_delta_log/"))
     record = night(store, "one", TEXTS)
-    assert words == []
+    assert faults == []
     assert len(table.files(TOWER)) == 3
-    words.append(f"_delta_log/{table.version() + 1:020d}")
+    faults.append(("lost", f"_delta_log/{table.version() + 1:020d}"))
     assert clean(store, RetentionConfig(days=100, job_hours=0)).files == 3  # not taken for a commit of others
-    assert words == []
+    assert faults == []
     assert len(table.files(TOWER)) == 1
     shutil.rmtree(store.root)
     assert right(open_snapshot(store, record))
@@ -212,6 +212,15 @@ def test_damage_and_loss_are_named_with_the_way_out(store):
     store.bucket.create(f"item_embeddings/{file.path}", bytes(flipped))
     with pytest.raises(StoreError, match=rf"{file.path.name} is damaged"):
         open_snapshot(store, record)
+
+
+def test_a_refused_put_is_one_line(store, server):
+    night(store, "one", TEXTS[:1])
+    server[2].append(("denied", "_delta_log/"))
+    with pytest.raises(
+        StoreError, match=r"s3://.*/item_embeddings cannot be written: .*privileges.*run the command again"
+    ):
+        night(store, "two", TEXTS[:2])
 
 
 def test_what_is_gone_already_keeps_nothing_else_from_being_deleted(url, monkeypatch):

@@ -151,6 +151,22 @@ def test_another_tower_reuses_nothing(store):
     assert plan(store, "e" * 32).missing.tolist() == [0, 1, 3]
 
 
+def test_a_table_restored_from_a_backup_gets_a_snapshot_of_its_own(store):
+    backup = store.root.with_name("backup")
+    store.embeddings.commit(TOWER, [write(store, {K1: [1, 2]})])
+    shutil.copytree(store.embeddings.folder.path, backup)
+    store.embeddings.commit(TOWER, [write(store, {K2: [3, 4], K3: [5, -6]})])
+    lost = publish(store)
+    shutil.rmtree(store.embeddings.folder.path)
+    shutil.copytree(backup, store.embeddings.folder.path)
+    store.embeddings.commit(TOWER, [write(store, {K2: [3, 4.004], K3: [5, -6]})])  # the last bit, as in another batch
+    made = publish(store)
+    assert made.id != lost.id
+    assert publish(store) == made
+    shutil.rmtree(store.matrices)
+    assert open_snapshot(store, made).vectors[1].tolist() == [3, np.float16(4.004)]
+
+
 def test_a_text_that_failed_is_not_tried_again(store):
     store.embeddings.commit(TOWER, [write(store, {K2: [3, 4]})])
     planned = plan(store, failed={K1: "NaN", K2: "old"})
