@@ -45,11 +45,11 @@ def _short_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query, key, value: [B, h, T, d]; attention_mask: [B, 1, T, T], bool or additive. Returns [B, T, h, d].
 
-    Whatever is not self-attention with as many keys as queries, and long texts, go to ``sdpa``.
+    Whatever is not self-attention with as many keys as queries, as wide as values, and long texts, go to ``sdpa``.
     """
     causal = attention_mask is None and (getattr(module, "is_causal", False) if is_causal is None else is_causal)
     length = query.shape[2]
-    if not causal and not dropout and query.shape == key.shape:
+    if not causal and not dropout and query.shape == key.shape == value.shape:
         if _takes_products(length, query.dtype):
             return _by_products(query, key, value, attention_mask, scaling), None
         key, value, attention_mask = _padded(key, value, attention_mask)
@@ -86,7 +86,9 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     scaled = torch.mul(query, scaling, out=query.new_empty(query.shape))  # contiguous in one pass
     scores = torch.matmul(scaled, key.contiguous().transpose(-1, -2))
     if mask is not None:
-        scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # not -inf: a padded query sees no key in a window, and NaN would go on to the texts' own tokens
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill_(~mask, least) if mask.dtype == torch.bool else scores + mask
     weights = _softmax(scores).to(value.dtype)
     return torch.matmul(weights, value.contiguous()).transpose(1, 2).contiguous()
 
@@ -123,7 +125,7 @@ def _gelu(module: nn.Module) -> str | None:
     activation = getattr(module, "intermediate_act_fn", None)
     if activation is None or type(getattr(module, "dense", None)) is not nn.Linear:
         return None
-    probe = torch.linspace(-4, 4, 101)
+    probe = torch.linspace(-30, 30, 601)  # some are cut off at 10
     ways = (way for way in ("none", "tanh") if torch.equal(activation(probe), F.gelu(probe, approximate=way)))
     return next(ways, None)
 

@@ -33,7 +33,7 @@ class EmbedConfig(BaseModel):
     """Texts of a decoder in one row without padding (``packed``), or padded; ``auto``: packed on a GPU."""
     compile: bool = False
     """``torch.compile`` the layers: on a GPU 1.4 times as fast with a billion weights; the first batch takes half a
-    minute more."""
+    minute more. On a CPU in place of packed weights, which are faster."""
     window: int = Field(default=16_384, gt=0)
     """Texts handed to a worker at once and written to one file; they are sorted by length within it."""
     output_dtype: Literal["float16", "float32"] = "float16"
@@ -136,11 +136,14 @@ def embed_texts(
     def embed(rows: list[int], stream: int = 0) -> None:
         attempt(rows, stream)
         padded.append(encoder.computed(lengths[rows]))
+        reason = None
         try:
             found = encoder.encode([tokens.input_ids[row] for row in rows]).cpu().numpy()
         except Exception as error:  # any failure of a model on a text: halve until the text is found
+            reason = _reason(error)  # the error itself keeps what the pass had in memory, which may be why it failed
+        if reason is not None:
             if len(rows) == 1:
-                failed[rows[0]] = _reason(error)
+                failed[rows[0]] = reason
                 return
             middle = len(rows) // 2
             embed(rows[:middle], stream)

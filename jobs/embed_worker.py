@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,7 +36,6 @@ REPORT = pa.schema(
         ("tokens", pa.int64()),
         ("padded", pa.int64()),
         ("truncated", pa.int64()),
-        ("seconds", pa.float64()),
         ("failed_rows", pa.list_(pa.int64())),
         ("failed_reasons", pa.list_(pa.string())),
         ("vectors", pa.binary()),
@@ -91,8 +89,10 @@ class EmbedAndWrite:
                 f"packages or processor differ between driver and workers; make them the same"
             )
         encoder.packing = order.embed.packing
-        speed_up(encoder)
-        if order.embed.compile:
+        compiles = order.embed.compile
+        if encoder.device.type == "cuda" or not compiles:  # packed weights cannot be compiled
+            speed_up(encoder)
+        if compiles:
             compile_layers(encoder.model)
         return encoder
 
@@ -103,7 +103,6 @@ class EmbedAndWrite:
         """
         order = self.order
         encoder = self.encoder
-        started = time.perf_counter()
         rows = window.column(ROW).to_numpy()
         probe = window.column(PROBE)[0].as_py()
         name = -1 if probe else int(rows[0])
@@ -127,7 +126,6 @@ class EmbedAndWrite:
             "tokens": int(result.n_tokens.sum()),
             "padded": result.padded,
             "truncated": int(result.truncated.sum()),
-            "seconds": time.perf_counter() - started,
             "failed_rows": [int(rows[row]) for row in result.failed],
             "failed_reasons": list(result.failed.values()),
             "vectors": result.vectors.tobytes() if probe else None,

@@ -51,9 +51,20 @@ def test_a_tower_keeps_what_auto_meant_where_it_was_made(machine, tmp_path, make
     made.save(tmp_path)
     machine(False, True, INTEL)
     assert ItemEncoder.load(tmp_path).config.compute_dtype == "bfloat16"
-    settings = EncoderConfig(model=str(tmp_path / "model"), pooling="mean")
+    settings = EncoderConfig(model=str(tmp_path / "model"), pooling="mean", max_length=32)
     assert ItemEncoder.from_config(settings, TemplateConfig()).config.compute_dtype == "float32"
 
 
-def test_both_precisions_are_timed():
+def test_both_precisions_are_timed(monkeypatch):
+    """By one thread: two that wait for each other are told apart by what else runs."""
+    threads, seen = torch.get_num_threads(), []
+    linear = torch.nn.functional.linear
+
+    def counted(*values):
+        seen.append(torch.get_num_threads())
+        return linear(*values)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
     assert all(0 < precision._seconds(CPU, dtype) < 10 for dtype in (torch.float32, torch.bfloat16))
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == threads

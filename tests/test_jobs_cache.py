@@ -39,8 +39,12 @@ def test_a_plan_says_what_a_run_then_does(workspace, embed_here):
     retitle(workspace, i3="The green 3")
     plan = workspace.run("embed-items", "--plan", *BASE)
     assert (plan["embedded"], plan["reused"]) == (1, 23)
-    assert plan["estimated_seconds"] >= 0
-    assert Store(workspace.store).require(Snapshot).tokens_per_second > 0
+    speed = Store(workspace.store).require(Snapshot).tokens_per_second
+    assert plan["estimated_seconds"] == round(plan["tokens"] / speed, 1)
+    workspace.run("embed-items", *BASE)
+    retitle(workspace, i4="The green 4")  # of two runs the larger says how fast it goes
+    plan = workspace.run("embed-items", "--plan", *BASE)
+    assert plan["estimated_seconds"] == round(plan["tokens"] / speed, 1)
 
 
 def test_most_of_a_catalog_again_needs_a_word(workspace, embed_here):
@@ -103,9 +107,10 @@ def add_item(workspace, item_id: str, title: str, year: str) -> None:
 def test_new_items_that_are_left_out_are_in_a_snapshot_and_not_tried_again(workspace, embed_here, poison):
     limits = ("--set", "gates.max_failed=0.1", "--set", "template.empty_text=quarantine", *BASE)
     workspace.run("prepare-data")
-    first = workspace.run("embed-items", *limits)
+    first = workspace.run("embed-items", *BASE)  # the policy decides no vector
     add_item(workspace, "zz", "kind of", "1")
     second = workspace.run("embed-items", *limits)
+    assert (second["reused"], second["fingerprint"]) == (24, first["fingerprint"])
     assert (second["items"], second["quarantined"], second["snapshot"] == first["snapshot"]) == (24, 1, False)
     calls = len(embed_here)
     assert workspace.run("embed-items", *limits)["snapshot"] == second["snapshot"]

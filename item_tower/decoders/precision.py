@@ -22,7 +22,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 
     So they are on a recent GPU and with AMX. AVX512-BF16 alone does not tell: AMD's cores are twice as fast with it,
     Intel's, whose AMX a virtual machine may hide, half as fast (165 GFLOP/s against 300 on two of them). There
-    both are timed, once a process, for a few hundredths of a second.
+    both are timed, once a process, for a few hundredths of a second, by one thread: that one thread waits for another
+    which does other work must not decide a fingerprint.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
@@ -37,9 +38,13 @@ def fast_bfloat16(device: torch.device) -> bool:
 def _seconds(device: torch.device, dtype: torch.dtype) -> float:
     """The fastest of some products [512, 512] x [512, 512], as a batch of tokens meets a layer."""
     x, weight = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - started)
+    best, threads = float("inf"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            best = min(best, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
     return best
