@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs.memory import keep_pages, uncollected
-from pipeline.files import disk_broken, disk_full
+from pipeline.files import disk_broken, disk_full, not_allowed
 from schemas.errors import ConfigError, PipelineError
 from schemas.secrets import keep_secrets, redact
 
@@ -145,6 +145,8 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     context = importlib.import_module("jobs.context").Context(
         importlib.import_module("jobs.config").load_config(config, options["name"], sets)
     )
+    if options.get("negatives") is not None and context.config.evaluate.protocol != "sampled":
+        raise ConfigError("--negatives is for --protocol sampled; every other ranks the whole catalog")
     own = {key: options[key] for key in ("snapshot", "split") if key in options}
     own |= {
         key: options[key] for key in ("action", "out", "everyone", "release", "dry_run", "until") if key in options
@@ -201,7 +203,8 @@ class _OneLine:
             self.status = INTERRUPTED
             _fail("interrupted; what was finished is kept, run the command again to go on", "Interrupted")
             return True
-        known = error if isinstance(error, PipelineError) else disk_full(error) or disk_broken(error)
+        known = error if isinstance(error, PipelineError) else None
+        known = known or disk_full(error) or disk_broken(error) or not_allowed(error)
         if known is None:
             return False
         self.status = 1

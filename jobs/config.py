@@ -6,6 +6,7 @@ the run's name, and ``--set train.epochs=3``; later ones win.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -112,7 +114,7 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HLLM__", env_nested_delimiter="__", extra="forbid", frozen=True)
 
-    store: str = "store"
+    store: str = Field(default="store", min_length=1)
     """The folder in which everything that the commands make lies, or a bucket: ``s3://``, ``gs://``, ``az://``."""
     name: str = "tuned-cache"
     """Name of the user tower and of its row in the tables."""
@@ -169,6 +171,8 @@ def _parse(text: str) -> Any:
 def _explain(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    variable = "__".join(["HLLM", *(str(part) for part in first["loc"])]).upper()
+    source = next((f"environment, {name}" for name in os.environ if name.upper() == variable), source)
     return f"{source}: {where}: {first['msg']} (got {first.get('input')!r:.80})"
 
 
@@ -206,6 +210,13 @@ def data_sets(folder: str, store: str) -> list[str]:
 def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
     """The configuration of one command. Raises ConfigError naming file, key and value."""
     path = find_toml(toml) if toml else None
+    for variable in os.environ:  # those of no section reach no model that could refuse them
+        prefix, _, key = variable.upper().partition("__")
+        section = key.partition("__")[0].lower()
+        if prefix == "HLLM" and section not in Config.model_fields:
+            raise ConfigError(
+                f"environment, {variable}: there is no {section!r}; there are {list(Config.model_fields)}"
+            )
 
     class FileConfig(Config):
         model_config = SettingsConfigDict(toml_file=path)
@@ -226,5 +237,7 @@ def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
         return Config.model_construct(loaded.model_fields_set, **dict(loaded))
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from error
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}; set its parts, as in HLLM__TRAIN__EPOCHS=3") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error

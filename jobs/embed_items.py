@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from item_tower.embed import EmbedConfig
 from item_tower.encoder import tokenise_texts
 from item_tower.prompt import require_text
+from jobs.config import Config
 from jobs.context import Context, TowerInForce
 from jobs.embed_worker import PROBE, ROW, EmbedAndWrite, WorkOrder, default_threads
 from jobs.ray_process import RayDriver, packed
@@ -233,6 +234,7 @@ def run(context: Context, plan_only: bool = False, allow_full: bool = False) -> 
     tower = context.item_tower()
     # a tuned tower is read the way it was tuned; only the untuned one takes its template from the configuration
     scan = scan_catalog(store.folder(dataset) / "items.parquet", tower.template)
+    _say_what_is_not_in_force(config, tower)
     policy = {"empty_text": config.template.empty_text}
     require_text(scan.empty, len(scan.rows) + len(scan.empty), tower.template.model_copy(update=policy))
     failed = {} if config.embed.retry_failed else remembered_failures(store, tower.fingerprint)
@@ -257,10 +259,30 @@ def run(context: Context, plan_only: bool = False, allow_full: bool = False) -> 
     ):
         plan = plan_embedding(store, tower.fingerprint, scan, failed)  # now that no clean-up takes what it reuses
         snapshot, totals = _publish(context, tower, plan, run.run_id, driver)
+        if snapshot.quarantined:
+            print(
+                f"{snapshot.quarantined} items are left out; why: hllm snapshots show --snapshot {snapshot.id}",
+                file=sys.stderr,
+            )
         result = _report(snapshot, plan, totals, time.perf_counter() - started)
         run.tags({"snapshot": snapshot.id})
         run.metrics({name: value for name, value in result.items() if isinstance(value, int | float)})
         return result
+
+
+def _say_what_is_not_in_force(config: Config, tower: TowerInForce) -> None:
+    """A tuned tower is read as it was tuned, whatever the configuration says now."""
+    if tower.record is None:
+        return
+    pairs = (("encoder", config.encoder, tower.encoder), ("template", config.template, tower.template))
+    for section, mine, its in pairs:
+        for key in sorted(mine.model_fields_set - {"empty_text", "trust_remote_code"}):
+            if getattr(mine, key) not in (getattr(its, key), "auto"):
+                print(
+                    f"{section}.{key} = {getattr(mine, key)!r} is not in force: item tower {tower.record.id} was "
+                    f"made with {getattr(its, key)!r}; tune-items makes one with the new value",
+                    file=sys.stderr,
+                )
 
 
 def _publish(
@@ -287,7 +309,7 @@ def _publish(
         limits=limits,
         gates=gates,
         facts={
-            "embedded": plan.embedded,
+            "embedded": plan.embedded - len(totals.failed),
             "reused": plan.reused,
             "tokens_per_second": totals.tokens / (time.perf_counter() - started) if plan.embedded else None,
             "dataset": context.dataset_record.digest,

@@ -102,6 +102,7 @@ def _progress(ledger: Any, total: int) -> Iterator[tqdm]:
         finally:
             ended.set()
             thread.join()
+        bar.update(total - bar.n)
 
 
 def _mapped(windows: list[pa.Table], workers: int | None, **arguments: Any) -> ray.data.Dataset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from jobs.context import Context, inputs_hash
 from jobs.train_user import catalog_rows
-from pipeline.baselines import ItemKNN, Popularity, Recommender, TowerRecommender
+from pipeline.baselines import BASELINES, Recommender, TowerRecommender
 from pipeline.cache import read_items
 from pipeline.cutoff import seen_targets
 from pipeline.dataset import OpenDataset, find_dataset, open_dataset
@@ -25,9 +24,7 @@ from pipeline.splits import Queries, Split, protocol_label, queries, training_la
 from schemas import tables
 from schemas.errors import ConfigError, DataError
 from schemas.records import ItemTower, Ranker, Snapshot, UserTower
-from user_tower.sequences import Histories
 
-BASELINES: dict[str, Callable[[Histories, int], Recommender]] = {"popularity": Popularity, "item-knn": ItemKNN}
 SAMPLE_USERS = 3
 SAMPLE_ITEMS = 5
 LIST = 10  # items of each user's list behind coverage and popularity bias

@@ -233,6 +233,8 @@ def run(context: Context, user: str | None = None) -> dict[str, Any]:
             found["cutoffs"] = sum(forget_cutoffs(store, tower, forgotten) for tower in towers)
             found |= _artifacts(context, forgotten)
             store.sweep(time.time_ns() // 1_000_000 - int(context.config.retention.job_hours * _HOUR))
+    if user is not None and not known and not any(found.values()):
+        print(f"no row of user {user!r} was found here; what comes of them later is left out", file=sys.stderr)
     remains = trained_on(context)
     print(REMAINS.format(**{kind: len(ids) for kind, ids in remains.items()}), file=sys.stderr)
     return {

@@ -18,12 +18,12 @@ from jobs import embed_items, evaluate, prepare_data, train_user, tune_items
 from jobs.compare_runs import user_values
 from jobs.config import Config, data_sets, find_toml, load_config, local_store
 from jobs.context import Context
+from pipeline.baselines import BASELINES
 from pipeline.files import write_file
 from pipeline.metrics import paired_difference
 from pipeline.published import published_rows
 from schemas.errors import ConfigError
 
-BASELINES = ("popularity", "item-knn")
 ID_ROWS = ("sasrec-id", "hstu-id")
 TRAINED = (*ID_ROWS, "frozen-cache", "tuned-cache", "tuned-cache+time", "tuned-cache+id")
 # what is tried for every trained row, in this order, until its budget is spent

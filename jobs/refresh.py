@@ -321,6 +321,9 @@ def _night(context: Context, log: StepLog, until: str | None) -> dict[str, Any]:
         done = clean(tonight.store, context.config.retention, kept=tonight.kept_ids())
         step.counts(snapshots=done.snapshots, rows=done.rows)
     print(f"\nrelease {record.id}\n{verdicts(record)}\n", file=sys.stderr)
+    if holding:
+        way_out = f"to serve it all the same: hllm releases promote --release {record.id}"
+        print(f"held by: {', '.join(holding)}; the champion serves on. {way_out}", file=sys.stderr)
     result = {
         "release": record.id,
         "promoted": promoted,

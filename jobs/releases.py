@@ -36,6 +36,11 @@ def run(context: Context, action: str, release: str | None) -> dict[str, Any]:
 
     Raises ConfigError, NotFoundError, ReleaseError, StoreError, TrackingError.
     """
+    if release is not None and action not in ("show", "promote"):
+        raise ConfigError(
+            f"releases {action} takes no --release: rollback goes to the release before the champion, "
+            f"`releases promote --release {release}` to another one"
+        )
     registry, store = context.registry, context.store
     if action == "show":
         record = _one(context, release or registry.champion(), action)

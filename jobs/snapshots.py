@@ -6,10 +6,13 @@ import time
 from typing import Any
 
 from jobs.context import Context
-from pipeline.cache import open_snapshot
+from pipeline.cache import left_out, open_snapshot
 from pipeline.cleanup import clean, expired
+from schemas import tables
 from schemas.errors import ConfigError
 from schemas.records import Snapshot
+
+_LEFT_OUT = 100
 
 
 def _line(record: Snapshot) -> dict[str, Any]:
@@ -17,7 +20,8 @@ def _line(record: Snapshot) -> dict[str, Any]:
 
 
 def run(context: Context, action: str, snapshot: str | None) -> dict[str, Any]:
-    """list: all, oldest first; show: one, its vectors read and checked; clean: drop what is past retention.
+    """list: all, oldest first; show: one, its vectors read and checked, with the first 100 of the items that it left
+    out; clean: drop what is past retention.
 
     Raises ConfigError when none is named to show, NotFoundError, StoreError.
     """
@@ -27,7 +31,16 @@ def run(context: Context, action: str, snapshot: str | None) -> dict[str, Any]:
             raise ConfigError("snapshots show: name one with --snapshot; `hllm snapshots list` names all")
         record = store.get(Snapshot, snapshot)
         matrix = open_snapshot(store, record)
-        return {"snapshots": [record.model_dump()], "checked": len(matrix.vectors)}
+        left = left_out(store, record).select([tables.ITEM_ID, tables.REASON])
+        return {
+            "snapshots": [record.model_dump()],
+            "checked": len(matrix.vectors),
+            "left_out": left.slice(0, _LEFT_OUT).to_pylist(),
+        }
+    if snapshot is not None:
+        raise ConfigError(
+            f"snapshots {action} takes no --snapshot: clean drops what is past [retention], list shows all"
+        )
     if action == "clean":
         started = time.perf_counter()
         done = clean(store, context.config.retention, kept=context.kept_ids())

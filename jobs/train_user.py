@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from item_tower.decoders.precision import default_device
 from jobs.context import Context, checkpoint_folder, inputs_hash
-from pipeline.baselines import TowerRecommender
+from pipeline.baselines import BASELINES, TowerRecommender
 from pipeline.cache import open_snapshot
 from pipeline.cutoff import write_cutoff
 from pipeline.evaluate import rank_targets
@@ -196,9 +196,13 @@ def _train(
 def run(context: Context, snapshot: str | None = None) -> dict[str, Any]:
     """Train, save, publish; in several processes (accelerate launch) the main one. A killed run goes on.
 
-    Raises NotFoundError, FingerprintMismatchError, StoreError, TrainingError.
+    Raises ConfigError, NotFoundError, FingerprintMismatchError, StoreError, TrainingError.
     """
     config, store = context.config, context.store
+    if config.name in BASELINES:
+        raise ConfigError(
+            f"--name {config.name} is a baseline's, which needs no training; name the user tower otherwise"
+        )
     features = open_features(context, snapshot)
     content = features.snapshot.content_digest if features.snapshot else None
     inputs = inputs_hash(context.dataset.record.digest, content, config.user_tower, config.train, config.evaluate)

@@ -5,6 +5,7 @@ Shapes: B histories, N catalog items, D vector width, m items of each history.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -86,3 +87,7 @@ class TowerRecommender:
     def score(self, histories: Histories) -> Scores:
         """Inner products; cosines where the tower normalises."""
         return Product(self.queries(histories), self.candidates, self.longest)
+
+
+# run name -> what makes it of the training histories and the number of items
+BASELINES: dict[str, Callable[[Histories, int], Recommender]] = {"popularity": Popularity, "item-knn": ItemKNN}

@@ -114,13 +114,13 @@ def content_digest(fingerprint: str, items: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def snapshot_items(scan: CatalogScan, left_out: set[int]) -> pa.Table:
-    """The rows of a snapshot: every item of the scan but those at the places left out."""
+def snapshot_items(scan: CatalogScan, without: set[int]) -> pa.Table:
+    """The rows of a snapshot: every item of the scan but those at the places ``without``."""
     items = pa.table([scan.item_ids, encode_keys(scan.keys), scan.available], schema=tables.SNAPSHOT_ITEMS)
-    if not left_out:
+    if not without:
         return items
     kept = np.ones(items.num_rows, dtype=bool)
-    kept[list(left_out)] = False
+    kept[list(without)] = False
     return items.filter(pa.array(kept))
 
 
@@ -132,7 +132,7 @@ def find_snapshot(store: Store, fingerprint: str, items: pa.Table, quarantine: p
     newest = store.newest(Snapshot, fingerprint=fingerprint)
     if newest is None or newest.content_digest != content_digest(fingerprint, items):
         return None
-    if not _left_out(store, newest).equals(quarantine):
+    if not left_out(store, newest).equals(quarantine):
         return None
     keys = decode_keys(items.column(tables.KEY))
     found, vectors = build_matrix(store, fingerprint, keys, newest.dtype, newest.dim, check=True)
@@ -225,7 +225,8 @@ def read_items(store: Store, record: Snapshot) -> pa.Table:
     return items
 
 
-def _left_out(store: Store, record: Snapshot) -> pa.Table:
+def left_out(store: Store, record: Snapshot) -> pa.Table:
+    """item_id, key, reason (``tables.LEFT_OUT``) of the items without a vector. Raises StoreError when damaged."""
     return _read_checked(store, record, "quarantine.parquet", tables.LEFT_OUT)
 
 
@@ -234,8 +235,8 @@ def remembered_failures(store: Store, fingerprint: str) -> dict[bytes, str]:
     newest = store.newest(Snapshot, fingerprint=fingerprint)
     if newest is None:
         return {}
-    left_out = _left_out(store, newest)
-    rows = zip(left_out.column(tables.KEY).to_pylist(), left_out.column(tables.REASON).to_pylist(), strict=True)
+    left = left_out(store, newest)
+    rows = zip(left.column(tables.KEY).to_pylist(), left.column(tables.REASON).to_pylist(), strict=True)
     return {key: reason for key, reason in rows if key is not None}
 
 

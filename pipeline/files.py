@@ -80,6 +80,16 @@ def disk_broken(error: BaseException) -> StoreError | None:
     return None
 
 
+def not_allowed(error: BaseException) -> StoreError | None:
+    """The error to show if ``error`` or what caused it says that a place cannot be written, else None."""
+    for seen in _causes(error):
+        if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            return StoreError(f"{seen.filename or 'a file'}: {seen.strerror}; make it writable or name another")
+        if "attempt to write a readonly database" in str(seen):
+            return StoreError("MLflow's database cannot be written; make the store writable, or name another one")
+    return None
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write aside, fsync, rename: a reader sees the old file, or the new one whole."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

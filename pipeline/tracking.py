@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from schemas.errors import NotFoundError, TrackingError
 from schemas.secrets import redact
 
 EXPERIMENT = "hllm"
+_ARTIFACTS = "mlartifacts"
 
 
 class TrackingConfig(BaseModel):
@@ -108,6 +110,26 @@ class FoundRun(BaseModel):
     tags: dict[str, str]
 
 
+def _follow(database: Path, experiment: str, artifacts: str) -> None:
+    """MLflow writes down where each run's files lie: in a store that was moved or copied, the place before. There
+    they would be read, written and, of a forgotten user, removed."""
+    if not database.exists():
+        return
+    with closing(sqlite3.connect(database)) as connection, connection:
+        try:
+            found = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (experiment,))
+            before = next((place for (place,) in found if place.endswith(f"/{_ARTIFACTS}")), artifacts)
+        except sqlite3.OperationalError:  # another command is making it
+            return
+        if before == artifacts:
+            return
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                (artifacts, len(before) + 1, len(before) + 1, f"{before}/"),
+            )
+
+
 class Tracker:
     """The runs of one store."""
 
@@ -118,7 +140,8 @@ class Tracker:
         if uri is None:
             root.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{root / 'mlflow.db'}"
-            self._artifacts = (root / "mlartifacts").as_uri()
+            self._artifacts = (root / _ARTIFACTS).as_uri()
+            _follow(root / "mlflow.db", config.experiment, self._artifacts)
         self.uri = uri
         self.client = self._client = open_client(uri)
         self._experiment = config.experiment

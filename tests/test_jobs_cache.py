@@ -121,6 +121,10 @@ def test_new_items_that_are_left_out_are_in_a_snapshot_and_not_tried_again(works
     store = Store(workspace.store)
     left = pl.read_parquet(store.folder(store.require(Snapshot)) / "quarantine.parquet")
     assert sorted(left["item_id"]) == ["zz", "zzz"]
+    shown = workspace.run("snapshots", "show", "--snapshot", third["snapshot"])
+    assert {row["item_id"]: row["reason"] for row in shown["left_out"]} == {
+        "zz": "RuntimeError: cannot", "zzz": "no text in the template's fields"
+    }  # fmt: skip
 
 
 def test_failures_of_many_nights_add_up_to_the_limit(workspace, embed_here, poison):

@@ -153,6 +153,15 @@ def served(workspace, embed_here, made):
         (["train-user", "--set", "user_tower.heads=3"], "is not a multiple of user_tower.heads = 3"),
         (["train-user", "--set", "trian.epochs=3"], "trian: Extra inputs are not permitted"),
         (["train-user", "--config", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["train-user", "--name", "popularity"], "--name popularity is a baseline's"),
+        (["evaluate", "--negatives", "20"], "--negatives is for --protocol sampled"),
+        (["embed-items", "--set", "encoder.max_length=65"], "has positions for 64 tokens of text"),
+        (["snapshots", "clean", "--snapshot", "2001"], "snapshots clean takes no --snapshot"),
+        (["snapshots", "list", "--snapshot", "2001"], "snapshots list takes no --snapshot"),
+        (["releases", "rollback", "--release", "2001"], "`releases promote --release 2001` to another one"),
+        (["prepare-data", "--set", "store="], "store: String should have at least 1 character"),
+        (["prepare-data", "--set", "store=/dev/null/x"], "/dev/null/x"),
+        (["export-items", "--out", "/tmp"], "--out /tmp is a folder; name a file in it"),
     ],
 )
 def test_a_bad_request_is_one_line_and_nothing_is_written(served, arguments, message):

@@ -91,7 +91,20 @@ def test_an_assignment_below_a_value_is_named():
 
 def test_bad_environment_is_named(monkeypatch):
     monkeypatch.setenv("HLLM__TRAIN__EPOCHS", "many")
-    with pytest.raises(ConfigError, match=r"train\.epochs: .*many"):
+    with pytest.raises(ConfigError, match=r"environment, HLLM__TRAIN__EPOCHS: train\.epochs: .*many"):
+        load_config("demo.toml", None, [])
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("HLLM__TRIAN__EPOCHS", "3", "HLLM__TRIAN__EPOCHS: there is no 'trian'; there are"),
+        ("HLLM__TRAIN", "three", "set its parts, as in HLLM__TRAIN__EPOCHS=3"),
+    ],
+)
+def test_an_environment_variable_of_no_section_is_named(monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"environment.*{message}"):
         load_config(None, None, [])
 
 

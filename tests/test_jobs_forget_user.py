@@ -91,6 +91,22 @@ def test_nothing_names_the_user_and_the_next_night_finds_its_own_release(served)
     assert named(served.store) == []
 
 
+def test_a_store_that_was_copied_has_its_runs_files_to_itself(workspace, tmp_path):
+    workspace.run("prepare-data")
+    workspace.run("evaluate", "--name", "popularity")
+    copy, before = tmp_path / "copy", workspace.published()
+    shutil.copytree(workspace.store, copy)
+    runs = [path.relative_to(copy) for path in copy.rglob("ranks.parquet")]
+    assert (len(runs), len(named(copy))) == (1, 2)
+    assert workspace.run("forget-user", "--set", f"store={copy}", "--user", USER)["removed"]["ranks"] == 1
+    assert named(copy) == []
+    assert workspace.published() == before
+    assert len(named(workspace.store)) == 2
+    workspace.run("evaluate", "--set", f"store={copy}", "--name", "item-knn")
+    assert len(list(copy.rglob("ranks.parquet"))) == 2
+    assert workspace.published() == before
+
+
 class Killed(BaseException):
     """As SIGKILL between two changes of the disk or the registry."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
@@ -10,6 +11,7 @@ import polars as pl
 import pytest
 
 from jobs import demo, tune_items
+from jobs.cli import main
 from pipeline.store import Store
 from schemas.records import Snapshot
 
@@ -250,6 +252,21 @@ def test_going_back_to_the_first_tower_costs_no_embedding(workspace, embed_here)
     frozen, tuned = (pl.read_parquet(workspace.folder / name) for name in names)
     assert frozen["item_id"].equals(tuned["item_id"])
     assert (np.array(frozen["embedding"].to_list()) != np.array(tuned["embedding"].to_list())).any(axis=1).all()
+
+    items.with_columns(title=pl.lit(""), year=pl.lit("")).head(1).vstack(items[1:].cast(pl.String)).write_csv(
+        workspace.data("items")
+    )
+    workspace.run("prepare-data")
+    assert "1 of 24 items have no text" in workspace.fails("embed-items")["error"]
+    workspace.capsys.readouterr()
+    sets = ["template.empty_text=quarantine", "encoder.max_length=12"]
+    options = [option for each in sets for option in ("--set", each)]
+    assert main(["embed-items", "--config", str(workspace.toml), *options]) == 0  # what decides no vector is taken
+    shown = workspace.capsys.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["quarantined"] == 1
+    assert "encoder.max_length = 12 is not in force: item tower" in shown.err
+    assert "empty_text" not in shown.err
+    assert len(embed_here) == calls
 
 
 def test_a_copied_store_is_the_same_store(two_towers, tmp_path):
