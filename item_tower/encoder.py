@@ -105,8 +105,8 @@ def loading(setting: str, name: str) -> Iterator[None]:
         raise ConfigError(f"{setting} = {name!r} cannot be loaded: {reason}") from error
 
 
-def _load_pretrained(name: str, trust: bool) -> tuple[nn.Module, Any]:
-    source, setting = resolve_model(name), "encoder.model"
+def _load_pretrained(name: str, settings: EncoderConfig) -> tuple[nn.Module, Any]:
+    source, setting, trust = resolve_model(name), "encoder.model", settings.trust_remote_code
     with loading(setting, name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         # a pooler is never read; leaving it out keeps it, and what is random of it, out of weights and fingerprint
@@ -127,6 +127,7 @@ def _load_pretrained(name: str, trust: bool) -> tuple[nn.Module, Any]:
             raise ConfigError(
                 f"{setting} = {name!r} has no tokenizer: save it beside the model (tokenizer.save_pretrained)"
             )
+        _require_length(model, tokenizer, settings)
         return model, tokenizer
 
 
@@ -192,9 +193,7 @@ class ItemEncoder(nn.Module):
     """Token ids to item vectors. Build it with ``from_config`` or ``load``."""
 
     def __init__(self, model: Any, tokenizer: Any, config: EncoderConfig, template: TemplateConfig) -> None:
-        """Raises ConfigError when texts of ``config.max_length`` do not fit the model."""
         super().__init__()
-        _require_length(model, tokenizer, config)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.config = config
@@ -218,9 +217,9 @@ class ItemEncoder(nn.Module):
     def from_config(cls, config: EncoderConfig, template: TemplateConfig) -> ItemEncoder:
         """The untuned tower: pretrained weights, a seeded [ITEM] embedding and projection.
 
-        Raises ConfigError when the model cannot be loaded.
+        Raises ConfigError when the model cannot be loaded, or texts of ``config.max_length`` do not fit it.
         """
-        model, tokenizer = _load_pretrained(config.model, config.trust_remote_code)
+        model, tokenizer = _load_pretrained(config.model, config)
         return cls(model, tokenizer, _settled(config), template)
 
     @classmethod
@@ -235,6 +234,7 @@ class ItemEncoder(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(
                 resolve_model(config.model), trust_remote_code=config.trust_remote_code
             )
+        _require_length(model, tokenizer, config)
         encoder = cls(model, tokenizer, _settled(config), template)
         if encoder.item_token is not None:
             assert item_token is not None
@@ -246,7 +246,7 @@ class ItemEncoder(nn.Module):
         """A tower written by ``save``. Raises StoreError when a file is missing or damaged."""
         config, template = read_settings(folder)
         try:
-            encoder = cls(*_load_pretrained(str(folder / "model"), config.trust_remote_code), config, template)
+            encoder = cls(*_load_pretrained(str(folder / "model"), config), config, template)
             encoder.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
         except (OSError, ValueError, RuntimeError, SafetensorError, ConfigError) as error:
             raise StoreError(f"item tower {folder} cannot be read: {error}; tune it again") from error
