@@ -21,7 +21,8 @@ from jobs.config import load_config, local_store
 from jobs.memory import keep_pages
 from pipeline.cache import create_snapshot, open_snapshot, plan_embedding, snapshot_items
 from pipeline.catalog import SLICE_ROWS, CatalogScan, scan_catalog
-from pipeline.embeddings import encode_keys, stamped
+from pipeline.cells import encode_keys
+from pipeline.embeddings import stamped
 from pipeline.gates import GateConfig
 from pipeline.store import Store
 from schemas import tables

@@ -18,7 +18,7 @@ from jobs.ray_process import RayDriver, packed
 from jobs.train_user import catalog_rows
 from pipeline.baselines import TowerRecommender
 from pipeline.cache import read_items
-from pipeline.embeddings import decode_keys
+from pipeline.cells import decode_keys
 from pipeline.files import next_created_at, record_id, write_record
 from pipeline.users import DTYPE, Reusable, TableWriter, encode_user_vectors, history_digests
 from schemas import tables

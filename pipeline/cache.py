@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.catalog import CatalogScan
+from pipeline.cells import PAIR, decode_keys, encode_keys, key_frame
 from pipeline.digests import block_digest
-from pipeline.embeddings import decode_keys, encode_keys, read_keys
+from pipeline.embeddings import read_keys
 from pipeline.files import UNREADABLE, naming, next_created_at, record_id, write_record
 from pipeline.gates import GateConfig, check_collapse
 from pipeline.matrix import ItemMatrix, build_matrix, load_matrix
@@ -61,21 +62,17 @@ def require_fingerprint(snapshot: Snapshot, expected: str | None, reader: str) -
         )
 
 
-def _frame(keys: NDArray[np.uint64]) -> pl.DataFrame:
-    return pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
-
-
 def plan_embedding(store: Store, fingerprint: str, scan: CatalogScan, failed: dict[bytes, str]) -> EmbeddingPlan:
     """Which texts have no vector under this fingerprint.
 
     failed: keys that are not to be tried again, with the reason (``remembered_failures``).
     """
-    known = _frame(read_keys(store.embeddings.files(fingerprint)))
+    known = key_frame(read_keys(store.embeddings.files(fingerprint)))
     absent = (
-        _frame(scan.keys)
+        key_frame(scan.keys)
         .with_row_index("place")
-        .join(known, on=["low", "high"], how="anti")
-        .select(pl.col("place").cast(pl.Int64), first=pl.struct("low", "high").is_first_distinct())
+        .join(known, on=PAIR, how="anti")
+        .select(pl.col("place").cast(pl.Int64), first=pl.struct(PAIR).is_first_distinct())
         .sort("place")
     )
     refused = {}
@@ -136,7 +133,8 @@ def find_snapshot(store: Store, fingerprint: str, items: pa.Table, quarantine: p
         return None
     keys = decode_keys(items.column(tables.KEY))
     found, vectors = build_matrix(store, fingerprint, keys, newest.dtype, newest.dim, check=True)
-    same = newest.vectors_digest in (found, block_digest(vectors, newest.vectors_digest))
+    digest = newest.vectors_digest
+    same = found == digest or block_digest(vectors, digest) == digest
     return newest if same else None  # else the table was restored, and embedded into, since
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from item_tower.prompt import TemplateConfig, content_keys, render
-from pipeline.embeddings import encode_keys
+from pipeline.cells import encode_keys
 from pipeline.files import UNREADABLE
 from schemas import tables
 from schemas.errors import StoreError

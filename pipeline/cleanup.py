@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.cache import read_items
-from pipeline.embeddings import EmbeddingFile, decode_keys, read_file, read_keys
+from pipeline.cells import PAIR, decode_keys, key_frame
+from pipeline.embeddings import EmbeddingFile, read_file, read_keys
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
@@ -127,10 +128,9 @@ def _needed(store: Store, fingerprint: str) -> pl.DataFrame:
     # and one that is not yet whole seals after us
     announced = store.announced(tables.KEY)
     kept = (read_items(store, record).column(tables.KEY) for record in store.all(Snapshot, fingerprint=fingerprint))
-    found = pl.DataFrame(schema={"low": pl.UInt64, "high": pl.UInt64})
+    found = key_frame(np.zeros((0, 2), dtype=np.uint64))
     for column in chain(announced, kept):  # joined one by one: most have most keys in common
-        keys = decode_keys(column)
-        found = pl.concat([found, pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})]).unique()
+        found = pl.concat([found, key_frame(decode_keys(column))]).unique()
     return found
 
 
@@ -159,8 +159,8 @@ def _rewrite(store: Store, fingerprint: str, oldest: int) -> tuple[int, int]:
 def _rows_to_keep(files: Sequence[EmbeddingFile], needed: pl.DataFrame) -> dict[str, NDArray[np.bool_]]:
     """File name -> bool [rows]: the rows that readers choose of the needed keys."""
     found = read_keys(files)
-    rows = pl.DataFrame({"low": found[:, 0], "high": found[:, 1]}).with_row_index("place")
-    live = rows.join(needed, on=["low", "high"], how="semi").sort("place").unique(["low", "high"], keep="first")
+    rows = key_frame(found).with_row_index("place")
+    live = rows.join(needed, on=PAIR, how="semi").sort("place").unique(PAIR, keep="first")
     keep = np.zeros(len(found), dtype=bool)
     keep[live["place"].to_numpy()] = True
     ends = np.cumsum([file.rows for file in files])

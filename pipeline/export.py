@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.embeddings import decode_vectors
+from pipeline.cells import decode_vectors
 from pipeline.files import fsync_path
 from pipeline.matrix import ItemMatrix
 from pipeline.store import Store

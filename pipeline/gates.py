@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.catalog import CatalogScan
-from pipeline.embeddings import EmbeddingTable, decode_vectors, read_file, read_keys
+from pipeline.cells import PAIR, decode_vectors, key_frame
+from pipeline.embeddings import EmbeddingTable, read_file, read_keys
 from schemas import tables
 from schemas.errors import GateError
 
 PROBES = 256
 _PROBE_FILES = 4
-_PAIRS = 20_000
+PAIRS = 20_000
 _SAME = 0.99
-_PAIR = ["low", "high"]  # the halves of a key
 
 
 class GateConfig(BaseModel):
@@ -50,7 +49,7 @@ def collapsed_share(vectors: NDArray[np.floating], keys: NDArray[np.uint64]) -> 
     if len(keys) < 2:
         return 0.0
     rng = np.random.default_rng(0)
-    left, right = rng.integers(0, len(keys), (2, _PAIRS))
+    left, right = rng.integers(0, len(keys), (2, PAIRS))
     different = (keys[left] != keys[right]).any(axis=1)
     left, right = left[different], right[different]
     if not len(left):
@@ -78,9 +77,9 @@ def choose_probes(
     whole, or as many small ones as hold 256.
     """
     files = table.files(fingerprint)
-    wanted = _frame(scan.keys).with_row_index("place").unique(_PAIR, keep="first")
-    stored = _frame(read_keys(files)).with_row_index("row").join(wanted, on=_PAIR, maintain_order="left")
-    stored = stored.unique(_PAIR, keep="first", maintain_order=True)
+    wanted = key_frame(scan.keys).with_row_index("place").unique(PAIR, keep="first")
+    stored = key_frame(read_keys(files)).with_row_index("row").join(wanted, on=PAIR, maintain_order="left")
+    stored = stored.unique(PAIR, keep="first", maintain_order=True)
     if stored.is_empty():
         return np.zeros(0, dtype=np.int64), np.zeros((0, dim), dtype=dtype)
     ends = np.cumsum([file.rows for file in files])
@@ -99,10 +98,6 @@ def choose_probes(
         first = int(ends[number]) - files[number].rows
         vectors.append(decode_vectors(column, dtype, dim)[chosen["row"].to_numpy() - first])
     return np.concatenate(places), np.concatenate(vectors)
-
-
-def _frame(keys: NDArray[np.uint64]) -> pl.DataFrame:
-    return pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
 
 
 def lowest_agreement(stored: NDArray[np.floating], tonight: NDArray[np.floating]) -> float:

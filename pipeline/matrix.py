@@ -20,8 +20,9 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.cells import PAIR, decode_vectors, key_frame
 from pipeline.digests import BLOCK_BYTES, block_digest, hash_block, join_blocks
-from pipeline.embeddings import EmbeddingFile, decode_vectors, on_threads, read_column, read_keys
+from pipeline.embeddings import EmbeddingFile, on_threads, read_column, read_keys
 from pipeline.files import PIECE, naming
 from pipeline.store import Store
 from schemas import tables
@@ -59,8 +60,8 @@ class ItemMatrix:
     @cached_property
     def groups(self) -> NDArray[np.int64]:
         """int64 [N]: items with the same key share a number."""
-        pairs = pl.DataFrame({"low": self.keys[:, 0], "high": self.keys[:, 1]})
-        return pairs.select(pl.struct("low", "high").rank("dense")).to_series().to_numpy().astype(np.int64) - 1
+        pairs = key_frame(self.keys)
+        return pairs.select(pl.struct(PAIR).rank("dense")).to_series().to_numpy().astype(np.int64) - 1
 
 
 def map_matrix(path: Path, dtype: str, shape: tuple[int, int]) -> NDArray[np.floating]:
@@ -213,12 +214,12 @@ class _Output:
 def _places(store: Store, files: Sequence[EmbeddingFile], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Row of each key in the files laid end to end; of several the first."""
     found = read_keys(files)
-    rows = pl.DataFrame({"low": found[:, 0], "high": found[:, 1]}).with_row_index("place")
+    rows = key_frame(found).with_row_index("place")
     on = ["low"]  # half a key tells keys apart but for one chance in 2^64, and joins in a third of the time
     if rows["low"].n_unique() < rows.height:
-        on = ["low", "high"]
+        on = PAIR
         rows = rows.unique(on, keep="first", maintain_order=True)
-    wanted = pl.DataFrame({"low": keys[:, 0], "high": keys[:, 1]})
+    wanted = key_frame(keys)
     joined = wanted.join(rows, on=on, how="left", maintain_order="left")
     if len(on) == 1:
         joined = joined.with_columns(place=pl.when(pl.col("high") == pl.col("high_right")).then("place"))

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.embeddings import decode_vectors
+from pipeline.cells import decode_vectors
 from pipeline.files import UNREADABLE, record_id, write_record
 from pipeline.forgotten import ForgottenUsers
 from pipeline.store import Store

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from pipeline.cache import announced, create_snapshot, plan_embedding, snapshot_items
 from pipeline.catalog import CatalogScan
-from pipeline.embeddings import encode_keys, stamped
+from pipeline.cells import encode_keys
+from pipeline.embeddings import stamped
 from pipeline.gates import GateConfig
 from pipeline.matrix import ItemMatrix
 from pipeline.store import Store, open_store

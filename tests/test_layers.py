@@ -28,6 +28,7 @@ KEEPERS = {
     "peft": {"user_tower/lora.py"},
     "polars": {
         "pipeline/cache.py",
+        "pipeline/cells.py",
         "pipeline/cleanup.py",
         "pipeline/coding.py",
         "pipeline/columns.py",
@@ -35,7 +36,6 @@ KEEPERS = {
         "pipeline/delimited.py",
         "pipeline/events.py",
         "pipeline/filters.py",
-        "pipeline/gates.py",
         "pipeline/importers.py",
         "pipeline/ingest.py",
         "pipeline/intake.py",
