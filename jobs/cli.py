@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.memory import keep_pages, uncollected
 from pipeline.files import disk_broken, disk_full, not_allowed
-from schemas.errors import ConfigError, PipelineError
+from schemas.errors import ConfigError, NotFoundError, PipelineError
 from schemas.secrets import keep_secrets, redact
 
 # command -> (what it does, does it take --snapshot, does it take --split)
@@ -145,6 +145,13 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     context = importlib.import_module("jobs.context").Context(
         importlib.import_module("jobs.config").load_config(config, options["name"], sets)
     )
+    store = context.store
+    if (
+        command in ("snapshots", "releases", "forget-user")
+        and store.url == str(store.root)
+        and not store.root.exists()
+    ):
+        raise NotFoundError(f"there is no store at {store.url}; prepare-data makes one")
     if options.get("negatives") is not None and context.config.evaluate.protocol != "sampled":
         raise ConfigError("--negatives is for --protocol sampled; every other ranks the whole catalog")
     own = {key: options[key] for key in ("snapshot", "split") if key in options}

@@ -170,6 +170,12 @@ def test_a_bad_request_is_one_line_and_nothing_is_written(served, arguments, mes
     assert served.published() == before
 
 
+@pytest.mark.parametrize("command", ["snapshots list", "releases list", "forget-user --user u1"])
+def test_a_store_that_is_not_there_is_not_made_by_looking_into_it(workspace, command):
+    assert f"there is no store at {workspace.store}" in workspace.fails(command)["error"]
+    assert not workspace.store.exists()
+
+
 def test_too_few_events_to_evaluate(served):
     events = pl.read_csv(served.data("events"))
     events.group_by("user_id", maintain_order=True).head(2).write_csv(served.data("events"))
