@@ -125,6 +125,14 @@ def _bench(name: str, config: str | None, sets: list[str], data: str | None) -> 
     return lambda: benches[name](config or "demo.toml", sets)
 
 
+def _require_sense(context: Any, options: dict[str, Any]) -> None:
+    store, looks = context.store, options["command"] in ("snapshots", "releases", "forget-user")
+    if looks and "://" not in store.url and not store.root.exists():
+        raise NotFoundError(f"there is no store at {store.url}; prepare-data makes one")
+    if options.get("negatives") is not None and context.config.evaluate.protocol != "sampled":
+        raise ConfigError("--negatives is for --protocol sampled; every other ranks the whole catalog")
+
+
 def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     """The work of the parsed command, nothing imported before it is needed."""
     options = vars(arguments)
@@ -145,15 +153,7 @@ def _job(arguments: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     context = importlib.import_module("jobs.context").Context(
         importlib.import_module("jobs.config").load_config(config, options["name"], sets)
     )
-    store = context.store
-    if (
-        command in ("snapshots", "releases", "forget-user")
-        and store.url == str(store.root)
-        and not store.root.exists()
-    ):
-        raise NotFoundError(f"there is no store at {store.url}; prepare-data makes one")
-    if options.get("negatives") is not None and context.config.evaluate.protocol != "sampled":
-        raise ConfigError("--negatives is for --protocol sampled; every other ranks the whole catalog")
+    _require_sense(context, options)
     own = {key: options[key] for key in ("snapshot", "split") if key in options}
     own |= {
         key: options[key] for key in ("action", "out", "everyone", "release", "dry_run", "until") if key in options
