@@ -111,10 +111,12 @@ def _load_pretrained(name: str, settings: EncoderConfig) -> tuple[nn.Module, Any
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         # a pooler is never read; leaving it out keeps it, and what is random of it, out of weights and fingerprint
         extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-        model, report = AutoModel.from_pretrained(
+        loaded = AutoModel.from_pretrained(
             source, config=config, dtype=torch.float32, trust_remote_code=trust, output_loading_info=True, **extra
         )
-        random = sorted(report["missing_keys"])
+        # code of a model's own may not report
+        model, report = loaded if isinstance(loaded, tuple) else (loaded, {"missing_keys": ()})
+        random = sorted({name for name, _ in model.named_parameters()} & set(report["missing_keys"]))
         if random and all(key.startswith("pooler.") for key in random):
             model.pooler, random = None, []
         if random:

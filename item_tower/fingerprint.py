@@ -33,7 +33,6 @@ NEUTRAL_KEYS = frozenset(
         "return_dict",
     }
 )
-_EMPTY_TEXT = "error"  # in the place of the policy, which decides no vector; what was embedded under it stays valid
 # Exercises case, accents, digits, punctuation, unknown scripts and whitespace of a tokenizer.
 PROBE_TEXT = "Compress: Ünïcode CAFÉ 12,345.67 — don't_stop\t<b>tag</b> 日本語 😀  end"
 
@@ -69,7 +68,7 @@ def ingredients(encoder: ItemEncoder, output_dtype: str) -> dict[str, str]:
         "architecture": _architecture(encoder),
         "tokenizer": _tokenizer(encoder),
         "render_version": str(RENDER_VERSION),
-        "template": json.dumps([template.prompt, template.separator, _EMPTY_TEXT, *_style(template)]),
+        "template": json.dumps([template.prompt, template.separator, template.empty_text, *_style(template)]),
         "fields": json.dumps(template.fields),
         "max_length": str(config.max_length),
         "truncation_side": config.truncation_side,

@@ -172,7 +172,9 @@ def _explain(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "configuration"
     variable = "__".join(["HLLM", *(str(part) for part in first["loc"])]).upper()
-    source = next((f"environment, {name}" for name in os.environ if name.upper() == variable), source)
+    given = {name.upper(): (name, value) for name, value in os.environ.items()}
+    if given.get(variable, ("", None))[1] == first.get("input"):
+        source = f"environment, {given[variable][0]}"
     return f"{source}: {where}: {first['msg']} (got {first.get('input')!r:.80})"
 
 

@@ -173,7 +173,9 @@ class Context:
         record = self.item_tower_record()
         output_dtype = self.config.embed.output_dtype
         if record is None:
-            encoder = ItemEncoder.from_config(self.config.encoder, self.config.template)
+            # under either policy for items without text the same tower: it decides no vector
+            template = self.config.template.model_copy(update={"empty_text": "error"})
+            encoder = ItemEncoder.from_config(self.config.encoder, template)
             return TowerInForce(
                 fingerprint(encoder, output_dtype), encoder.config, encoder.template, encoder.dim, None
             )

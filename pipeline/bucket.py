@@ -141,8 +141,8 @@ class Bucket:
         name = f".{uuid.uuid4().hex}"
         try:
             self.create(name, b"1")
-            with suppress(StoreError):
-                self.create(name, b"2")
+            with self._named(name), suppress(AlreadyExistsError):
+                obstore.put(self._store, name, b"2", mode="create")
                 raise ConfigError(
                     f"store = {self.url!r}: this server ignores If-None-Match, so that of two runs at once one would "
                     f"overwrite what the other wrote; use one with conditional writes, or a path"

@@ -131,6 +131,8 @@ def find_snapshot(store: Store, fingerprint: str, items: pa.Table, quarantine: p
         return None
     if not left_out(store, newest).equals(quarantine):
         return None
+    if all(file.written_at <= newest.created_at for file in store.embeddings.files(fingerprint)):
+        return newest  # nothing was committed since it was made of them
     keys = decode_keys(items.column(tables.KEY))
     found, vectors = build_matrix(store, fingerprint, keys, newest.dtype, newest.dim, check=True)
     digest = newest.vectors_digest

@@ -148,7 +148,8 @@ def _rewrite(store: Store, fingerprint: str, oldest: int) -> tuple[int, int]:
         for group in _groups(old, keep):
             rows = pa.concat_tables([_kept_rows(file, keep[file.name]) for file in group])
             if rows.num_rows:
-                new.append((table.write(fingerprint, rows), min(file.commit for file in group)))
+                # -1: before files of tables without numbers, of which some may hold rows that lost to these
+                new.append((table.write(fingerprint, rows), min(file.commit for file in group) or -1))
         if table.replace(fingerprint, old, new, version):
             dropped = sum(file.rows - int(keep[file.name].sum()) for file in old)
             return len(old), dropped

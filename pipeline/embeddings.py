@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -238,8 +238,11 @@ class EmbeddingTable:
         try:
             self._write(table, actions, commit_properties=properties, **how)
         except CommitFailedError:  # refused; or done, its answer lost and the put repeated
-            if ours not in self.folder.read(f"{_LOG}{version + 1:020d}.json").decode():
-                return False
+            with suppress(FileNotFoundError):
+                if ours in self.folder.read(f"{_LOG}{version + 1:020d}.json").decode():
+                    self._flush_log()
+                    return True
+            return False
         self._flush_log()
         return True
 
@@ -266,7 +269,7 @@ def _written(folder: Folder) -> Iterator[None]:
     except (DeltaError, OSError) as error:
         if disk_full(error) or disk_broken(error):
             raise
-        reason = str(error).strip().splitlines()[0]  # a trace of Rust follows
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]  # a trace of Rust follows
         raise StoreError(f"{folder} cannot be written: {reason}; see to it and run the command again") from error
 
 

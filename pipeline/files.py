@@ -80,13 +80,14 @@ def disk_broken(error: BaseException) -> StoreError | None:
     return None
 
 
-def not_allowed(error: BaseException) -> StoreError | None:
-    """The error to show if ``error`` or what caused it says that a place cannot be written, else None."""
-    for seen in _causes(error):
-        if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            return StoreError(f"{seen.filename or 'a file'}: {seen.strerror}; make it writable or name another")
-        if "attempt to write a readonly database" in str(seen):
+def not_allowed(error: BaseException | None) -> StoreError | None:
+    """The error to show if ``error`` or its cause says that a place cannot be read or written, else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            return StoreError(f"{error.filename or 'a file'}: {error.strerror}; give access to it or name another")
+        if "attempt to write a readonly database" in str(error):
             return StoreError("MLflow's database cannot be written; make the store writable, or name another one")
+        error = error.__cause__
     return None
 
 

@@ -14,7 +14,8 @@ from schemas.errors import GateError
 
 PROBES = 256
 _PROBE_FILES = 4
-PAIRS = 20_000
+_SOME = 65_536  # texts of the catalog among which probes are looked for first
+_PAIRS = 20_000
 _SAME = 0.99
 
 
@@ -49,7 +50,7 @@ def collapsed_share(vectors: NDArray[np.floating], keys: NDArray[np.uint64]) -> 
     if len(keys) < 2:
         return 0.0
     rng = np.random.default_rng(0)
-    left, right = rng.integers(0, len(keys), (2, PAIRS))
+    left, right = rng.integers(0, len(keys), (2, _PAIRS))
     different = (keys[left] != keys[right]).any(axis=1)
     left, right = left[different], right[different]
     if not len(left):
@@ -77,15 +78,19 @@ def choose_probes(
     whole, or as many small ones as hold 256.
     """
     files = table.files(fingerprint)
-    wanted = key_frame(scan.keys).with_row_index("place").unique(PAIR, keep="first")
-    stored = key_frame(read_keys(files)).with_row_index("row").join(wanted, on=PAIR, maintain_order="left")
-    stored = stored.unique(PAIR, keep="first", maintain_order=True)
+    rows = key_frame(read_keys(files)).with_row_index("row")
+    rng = np.random.default_rng(table.version() + 1)  # others every night
+    shuffled = rng.permutation(len(scan.keys))
+    for some in (shuffled[:_SOME], shuffled):  # of most catalogs a part is enough
+        wanted = key_frame(scan.keys[some]).with_columns(place=some).unique(PAIR, keep="first")
+        stored = rows.join(wanted, on=PAIR, maintain_order="left").unique(PAIR, keep="first", maintain_order=True)
+        if stored.height >= PROBES:
+            break
     if stored.is_empty():
         return np.zeros(0, dtype=np.int64), np.zeros((0, dim), dtype=dtype)
     ends = np.cumsum([file.rows for file in files])
     file_of = np.searchsorted(ends, stored["row"].to_numpy(), side="right")
     counts = np.bincount(file_of, minlength=len(files))
-    rng = np.random.default_rng(table.version() + 1)  # others every night
     holding = np.flatnonzero(counts)
     drawn = rng.choice(holding, len(holding), replace=False, p=counts[holding] / counts.sum())
     few = max(_PROBE_FILES, 1 + int(np.searchsorted(np.cumsum(counts[drawn]), PROBES)))

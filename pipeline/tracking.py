@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,11 @@ def _follow(database: Path, experiment: str, artifacts: str) -> None:
     they would be read, written and, of a forgotten user, removed."""
     if not database.exists():
         return
-    with closing(sqlite3.connect(database)) as connection, connection:
-        try:
-            found = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (experiment,))
-            before = next((place for (place,) in found if place.endswith(f"/{_ARTIFACTS}")), artifacts)
-        except sqlite3.OperationalError:  # another command is making it
-            return
+    # of a database that another command is just making, or that is only to be read, MLflow itself says what there is
+    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database)) as connection, connection:
+        found = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (experiment,))
+        places = (place for (place,) in found if place.startswith("file:") and place.endswith(f"/{_ARTIFACTS}"))
+        before = next(places, artifacts)
         if before == artifacts:
             return
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):

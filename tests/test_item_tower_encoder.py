@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
 from item_tower import cpu
 from item_tower.batching import token_budget_batches
@@ -264,6 +265,13 @@ def test_a_padded_query_without_a_key_in_its_window_is_no_nan(monkeypatch, dtype
     torch.testing.assert_close(found[1, :3], expected[1, :3], atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "way"), [("gelu", "none"), ("gelu_10", None), ("relu", None)])
+def test_an_activation_is_taken_for_a_gelu_only_where_it_is_one(name, way):
+    module = nn.Module()
+    module.dense, module.intermediate_act_fn = nn.Linear(2, 2), ACT2FN[name]
+    assert cpu._gelu(module) == way
+
+
 def test_values_of_another_width_than_keys_are_attended_to(monkeypatch):
     query, key = torch.randn(2, 2, 2, 50, 8, generator=torch.Generator().manual_seed(0))
     value, mask = key[..., :6], (torch.arange(50) < 40).expand(2, 1, 50, 50)
@@ -324,6 +332,7 @@ def test_streams_share_the_batches_and_end_with_an_error(threads):
 
 CODE = """
 from pathlib import Path
+from transformers.activations import ACT2FN
 from transformers import LlamaConfig, LlamaModel
 (Path(__file__).parent / "ran").touch()
 class HouseConfig(LlamaConfig):

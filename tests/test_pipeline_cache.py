@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake.transaction import AddAction
 
 from pipeline import digests, embeddings, matrix
 from pipeline.cache import (
@@ -23,7 +24,7 @@ from pipeline.catalog import CatalogScan
 from pipeline.cleanup import RetentionConfig, clean
 from pipeline.embeddings import stamped
 from pipeline.files import write_record
-from pipeline.gates import GateConfig
+from pipeline.gates import GateConfig, pass_gate
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import EmbeddingError, FingerprintMismatchError, GateError, StoreError
@@ -192,19 +193,44 @@ def test_the_same_content_is_the_same_snapshot_and_a_change_is_its_child(store):
 def test_of_two_rows_of_one_key_the_first_committed_counts_for_good(store, monkeypatch):
     other, now = {key: [9.0, 9.0] for key in VECTORS}, 10 * 24 * 3_600_000
     early, files = write(store, other, "a"), []  # stamped first, committed last
-    for vectors, at in [(VECTORS, now), (other, now - 5_000), (other, now + 5_000)]:  # another node's clock
+    for vectors, at in [(VECTORS, now), (other, now + 5_000), (other, now - 5_000)]:  # by three nodes' clocks
         monkeypatch.setattr(embeddings.time, "time_ns", lambda at=at: at * 1_000_000)
         files.append(write(store, vectors, f"run {at}"))
         store.embeddings.commit(TOWER, [files[-1]])
         if len(files) == 1:
             record = publish(store)
     store.embeddings.commit(TOWER, [early])
-    for at, commits in [(now - 10_000, 4), (now + 1, 3), (now + 10_000, 1)]:  # the second joins only the older two
+    for at, files_left in [(now - 10_000, 4), (now + 1, 2), (now + 10_000, 1)]:  # the second joins around a young one
         clean(store, RetentionConfig(days=100, job_hours=0), now=at)
-        assert len(store.embeddings.files(TOWER)) == commits
+        assert len(store.embeddings.files(TOWER)) == files_left
         shutil.rmtree(store.matrices)
         assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
         assert publish(store) == record
+
+
+def test_what_a_clean_up_joins_of_a_table_without_commit_numbers_goes_on_counting(store, monkeypatch):
+    hour, action = 3_600_000, embeddings._add_action
+
+    def before(fingerprint, file, commit):
+        made = action(fingerprint, file, commit)
+        name = made.partition_values["file"].partition(".")[2]
+        return AddAction(
+            path=made.path, size=made.size, partition_values={"fingerprint": fingerprint, "file": name},
+            modification_time=made.modification_time, data_change=True, stats=made.stats,
+        )  # fmt: skip
+
+    monkeypatch.setattr(embeddings, "_add_action", before)
+    others = {key: [9.0, 9.0] for key in VECTORS}
+    for at, vectors in [(50, {b"x" * 16: [1.0, 1.0]}), (50, VECTORS), (47, others)]:
+        monkeypatch.setattr(embeddings.time, "time_ns", lambda at=at: (100 - at) * hour * 1_000_000)
+        store.embeddings.commit(TOWER, [write(store, vectors)])
+        if vectors is VECTORS:
+            record = publish(store)
+    monkeypatch.setattr(embeddings, "_add_action", action)
+    monkeypatch.setattr(embeddings.time, "time_ns", lambda: 100 * hour * 1_000_000)
+    assert clean(store, RetentionConfig(days=100, job_hours=48), now=100 * hour).files == 2
+    shutil.rmtree(store.matrices)
+    assert open_snapshot(store, record).vectors.tolist() == [VECTORS[key] for key in KEYS]
 
 
 @pytest.mark.parametrize("damage", ["short", "gone", "foreign"])
@@ -335,6 +361,12 @@ def test_another_store_format_is_refused(store, monkeypatch):
     monkeypatch.setattr(embeddings, "STORE_FORMAT", STORE_FORMAT)
     with pytest.raises(StoreError, match=f"store format 99, this version reads {STORE_FORMAT}"):
         plan(store)
+
+
+@pytest.mark.parametrize("at_least", [False, True])
+def test_a_figure_that_is_no_number_passes_no_gate(at_least):
+    with pytest.raises(GateError, match="gate x: nan"):
+        pass_gate("x", float("nan"), 0.5, "", at_least=at_least)
 
 
 def test_a_collapsed_tower_makes_no_snapshot(store):
