@@ -101,6 +101,7 @@ def test_runs_hold_no_secrets(secrets, tmp_path, monkeypatch):
 def test_an_unreachable_server_is_named_without_its_password(workspace, secrets, monkeypatch, command):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    workspace.store.mkdir()
     workspace.capsys.readouterr()
     assert main([*command, "--config", str(workspace.toml)]) == 1
     shown = "".join(workspace.capsys.readouterr())
