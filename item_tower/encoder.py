@@ -27,7 +27,7 @@ from item_tower.batching import packed_batches, token_budget_batches
 from item_tower.decoders.packed import Packing, pack, takes_packed
 from item_tower.decoders.precision import default_device, fast_bfloat16
 from item_tower.prompt import TemplateConfig
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, first_line
 
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 
@@ -97,7 +97,7 @@ def loading(setting: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = (
                 "it comes with Python code of its own; if you trust its source, set encoder.trust_remote_code = true"

@@ -19,7 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
 from pipeline.files import Listed
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, first_line
 
 
 class _Reader(io.RawIOBase):
@@ -74,7 +74,7 @@ class Bucket:
         try:
             return from_url(self.url)
         except (BaseError, ValueError) as error:
-            raise ConfigError(f"store = {self.url!r} cannot be opened: {_first_line(error)}") from error
+            raise ConfigError(f"store = {self.url!r} cannot be opened: {first_line(error)}") from error
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -83,7 +83,7 @@ class Bucket:
         except (BaseError, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise StoreError(f"{self.url}/{name} is missing; restore it") from error
-            raise StoreError(f"{self.url}/{name}: {_first_line(error)}") from error
+            raise StoreError(f"{self.url}/{name}: {first_line(error)}") from error
 
     def below(self, prefix: str) -> list[Listed]:
         """All objects below a prefix that ends at a slash, by name; of ``""``, all."""
@@ -176,7 +176,3 @@ class Bucket:
 
     def flush(self, names: Sequence[str]) -> None:
         """Nothing to do: what was put is durable."""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

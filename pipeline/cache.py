@@ -122,7 +122,8 @@ def snapshot_items(scan: CatalogScan, without: set[int]) -> pa.Table:
 
 
 def find_snapshot(store: Store, fingerprint: str, items: pa.Table, quarantine: pa.Table) -> Snapshot | None:
-    """The newest snapshot of an item tower if it has these items, left out these, and reads back whole; else None.
+    """The newest snapshot of an item tower if it has these items, left out these, and reads back whole where
+    anything was committed since; else None.
 
     Raises StoreError when the table or the snapshot is damaged.
     """

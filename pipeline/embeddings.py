@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from pipeline.cells import decode_keys
 from pipeline.files import UNREADABLE, Folder, Listed, disk_broken, disk_full
 from schemas import tables
-from schemas.errors import DataError, StoreError
+from schemas.errors import DataError, StoreError, first_line
 from schemas.records import STORE_FORMAT
 
 S = TypeVar("S")
@@ -88,10 +88,9 @@ class EmbeddingTable:
             table = DeltaTable(str(self.folder))
             found = table.metadata().configuration.get(_FORMAT_KEY)
         except (DeltaError, OSError) as error:
-            reason = str(error).splitlines()[0]  # a trace of Rust follows
             raise StoreError(
-                f"{self.folder}: its log cannot be read: {reason}; restore it (a damaged checkpoint may be removed "
-                f"together with _last_checkpoint while every entry of the log is there)"
+                f"{self.folder}: its log cannot be read: {first_line(error)}; restore it (a damaged checkpoint may "
+                f"be removed together with _last_checkpoint while every entry of the log is there)"
             ) from error
         if found != str(STORE_FORMAT):
             raise StoreError(
@@ -269,8 +268,9 @@ def _written(folder: Folder) -> Iterator[None]:
     except (DeltaError, OSError) as error:
         if disk_full(error) or disk_broken(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]  # a trace of Rust follows
-        raise StoreError(f"{folder} cannot be written: {reason}; see to it and run the command again") from error
+        raise StoreError(
+            f"{folder} cannot be written: {first_line(error)}; see to it and run the command again"
+        ) from error
 
 
 def _check_log(folder: Folder, entries: Sequence[Listed]) -> None:

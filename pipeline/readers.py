@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from isal import igzip, isal_zlib
 
-from schemas.errors import DataError
+from schemas.errors import DataError, first_line
 
 T = TypeVar("T")
 ROW = "__row"
@@ -60,22 +60,17 @@ class Part:
         return self.table if self.text is None else self.text().with_columns(self.table[ROW])
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 @contextmanager
 def named(path: Path) -> Iterator[None]:
     """Any way in which a file can fail to be one, as a DataError with its name."""
     try:
         yield
     except (UnicodeError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read: {_first_line(error)}; set data.encoding") from error
+        raise DataError(f"{path}: cannot be read: {first_line(error)}; set data.encoding") from error
     except (EOFError, isal_zlib.error, igzip.BadGzipFile) as error:  # type: ignore[misc]  # a class
-        raise DataError(f"{path}: cannot be read: {_first_line(error)}; the file was cut short or damaged") from error
+        raise DataError(f"{path}: cannot be read: {first_line(error)}; the file was cut short or damaged") from error
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise DataError(f"{path}: cannot be read: {_first_line(error)}; deliver it again") from error
+        raise DataError(f"{path}: cannot be read: {first_line(error)}; deliver it again") from error
 
 
 def open_bytes(path: Path) -> Any:
@@ -181,7 +176,7 @@ def _why(error: Exception) -> str:
         return "half of a surrogate pair"
     if isinstance(error, UnicodeDecodeError):
         return f"bytes that are not {error.encoding}"
-    return f"not a row: {_first_line(error)}"
+    return f"not a row: {first_line(error)}"
 
 
 def _json_part(rows: list[dict[str, str | None]], numbers: list[int], bad: list[Rejected]) -> Part:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from schemas.secrets import redact
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the trace that may follow; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class PipelineError(Exception):
     """Base of every known error; its message says what was wrong, the value, and the way out, without secrets."""
 

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from item_tower.decoders.threads import one_thread
+
 _ROUNDS = 10
 _WORTH = 1.2  # what rounds must be clearly faster
 
@@ -38,13 +40,10 @@ def fast_bfloat16(device: torch.device) -> bool:
 def _seconds(device: torch.device, dtype: torch.dtype) -> float:
     """The fastest of some products [512, 512] x [512, 512], as a batch of tokens meets a layer."""
     x, weight = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
-    best, threads = float("inf"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    best = float("inf")
+    with one_thread():
         for _ in range(_ROUNDS):
             started = time.perf_counter()
             torch.nn.functional.linear(x, weight)
             best = min(best, time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
     return best
