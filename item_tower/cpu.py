@@ -130,15 +130,30 @@ def _gelu(module: nn.Module) -> str | None:
     return next(ways, None)
 
 
-def _pack(module: nn.Module, dtype: torch.dtype) -> None:
+def _pack(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, str, Any]]:
+    """Pack all linear layers; returns what was replaced, as (module, name, child)."""
     gelu = _gelu(module)
-    for name, child in module.named_children():
+    replaced: list[tuple[nn.Module, str, Any]] = []
+    for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
+            replaced.append((module, name, child))
             setattr(module, name, PackedLinear(child, dtype, gelu if name == "dense" else None))
         else:
-            _pack(child, dtype)
+            replaced += _pack(child, dtype)
     if gelu is not None:
+        replaced.append((module, "intermediate_act_fn", module.intermediate_act_fn))
         module.intermediate_act_fn = nn.Identity()
+    return replaced
+
+
+def _runs(encoder: ItemEncoder) -> bool:
+    """Whether the model computes a text; some read their linear layers' weights themselves (Mamba, RWKV)."""
+    try:
+        with torch.inference_mode():
+            encoder.encode(encoder.tokenise(["a text"]).input_ids)
+        return True
+    except Exception:  # whatever a model raises; if it does so unpacked too, the texts' own run says it
+        return False
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -183,8 +198,13 @@ def speed_up(encoder: ItemEncoder) -> None:
         AttentionMaskInterface.register(_NAME, sdpa_mask)
         encoder.model.set_attn_implementation(_NAME)
     if packing:
-        _pack(encoder.model, dtype)
-        halve(encoder)
+        replaced = _pack(encoder.model, dtype)
+        if _runs(encoder):
+            halve(encoder)
+            return
+        for module, name, child in replaced:
+            delattr(module, name)  # an activation may be a plain function
+            setattr(module, name, child)
 
 
 def in_streams(device: torch.device, work: Callable[[T, int], object], batches: Iterable[T]) -> None:

@@ -5,7 +5,7 @@ Texts that cannot be embedded are found by halving their batch; they come back b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,8 @@ from item_tower.cpu import in_streams
 from item_tower.decoders.packed import Packing
 from item_tower.encoder import ItemEncoder, TokenisedTexts
 from schemas import tables
+
+_PIECE_TEXTS, _PIECE_CHARACTERS = 1_024, 1 << 20  # tokenised at once
 
 
 class EmbedConfig(BaseModel):
@@ -91,22 +93,54 @@ def _unusable(vectors: NDArray[np.floating]) -> NDArray[np.bool_]:
     return ~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)
 
 
-def tokenise_safely(encoder: ItemEncoder, texts: list[str], failed: dict[int, str]) -> TokenisedTexts:
-    """As ``encoder.tokenise``; texts on which it raises get no tokens and a line in ``failed``."""
+def _pieces(texts: list[str], rows: list[int]) -> Iterator[list[int]]:
+    """Rows in order, some at a time: a tokenizer keeps 34 bytes for each of text, cut off or not, till its end."""
+    piece: list[int] = []
+    size = 0
+    for row in rows:
+        if piece and (len(piece) == _PIECE_TEXTS or size + len(texts[row]) > _PIECE_CHARACTERS):
+            yield piece
+            piece, size = [], 0
+        piece.append(row)
+        size += len(texts[row])
+    if piece:
+        yield piece
 
-    def half(rows: list[int]) -> list[tuple[list[int], bool]]:
+
+def tokenise_safely(
+    encoder: ItemEncoder,
+    texts: list[str],
+    failed: dict[int, str],
+    groups: Sequence[list[int]] = (),
+    tokenising: Callable[[list[int]], None] = lambda rows: None,
+) -> TokenisedTexts:
+    """As ``encoder.tokenise``, some at a time; texts on which it raises get no tokens and a line in ``failed``, those
+    that are in it already are not tried. groups, tokenising: see ``embed_texts``."""
+    found: list[list[int]] = [[] for _ in texts]
+    truncated = np.zeros(len(texts), dtype=bool)
+
+    def half(rows: list[int]) -> None:
         try:
-            found = encoder.tokenise([texts[row] for row in rows])
-            return list(zip(found.input_ids, found.truncated.tolist(), strict=True))
+            tokens = encoder.tokenise([texts[row] for row in rows])
         except Exception as error:  # whatever a tokenizer raises, it must not stop the other texts
             if len(rows) == 1:
                 failed[rows[0]] = _reason(error)
-                return [([], False)]
+                return
             middle = len(rows) // 2
-            return half(rows[:middle]) + half(rows[middle:])
+            half(rows[:middle])
+            half(rows[middle:])
+            return
+        truncated[rows] = tokens.truncated
+        for row, ids in zip(rows, tokens.input_ids, strict=True):
+            found[row] = ids
 
-    found = half(list(range(len(texts)))) if texts else []
-    return TokenisedTexts([ids for ids, _ in found], np.array([cut for _, cut in found], dtype=bool))
+    left_out = {row for group in groups for row in group} | set(failed)
+    rest = [row for row in range(len(texts)) if row not in left_out]
+    for rows in (*groups, *_pieces(texts, rest)):
+        tokenising(rows)
+        half(rows)
+    tokenising([])
+    return TokenisedTexts(found, truncated)
 
 
 @torch.inference_mode()
@@ -117,18 +151,21 @@ def embed_texts(
     *,
     suspects: list[list[int]] | None = None,
     failed: dict[int, str] | None = None,
+    tokenising: Callable[[list[int]], None] = lambda rows: None,
     attempt: Callable[[list[int], int], None] = lambda rows, stream: None,
 ) -> Embedded:
     """Embed texts in length-sorted batches, leaving out and naming those that fail twice.
 
     suspects: groups of rows to be embedded by themselves and first, since a worker died over them; failed: rows
-    not to be tried, with the reason; ``attempt`` is told the rows of every batch before it is computed, and its
+    not to be tried, with the reason; ``tokenising`` is told the rows before they are tokenised, and none at the end;
+    ``attempt`` is told the rows of every batch before it is computed, and its
     stream (see ``in_streams``), whose batch before it is done; suspects are alone, in stream 0. A row whose model
     call raises, or whose vector is not finite in ``output_dtype`` or is zero, fails once in its batch and once alone.
     """
     encoder.eval()
     failed = dict(failed or {})
-    tokens = tokenise_safely(encoder, texts, failed)
+    groups = [[row for row in group if row not in failed] for group in suspects or []]
+    tokens = tokenise_safely(encoder, texts, failed, [group for group in groups if group], tokenising)
     lengths = tokens.lengths
     stored = np.zeros((len(texts), encoder.dim), dtype=np.dtype(config.output_dtype).newbyteorder("<"))
     padded: list[int] = []
@@ -158,7 +195,7 @@ def embed_texts(
         elif bad.any():
             failed[rows[0]] = f"its vector is zero or not finite in {config.output_dtype}"
 
-    groups = [[row for row in group if row not in failed] for group in suspects or []]
+    groups = [[row for row in group if row not in failed] for group in groups]
     apart = {row for group in groups for row in group} | set(failed)
     rest = np.array([row for row in range(len(texts)) if row not in apart], dtype=np.int64)
     for group in groups:

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from item_tower.batching import packed_batches, token_budget_batches
 from item_tower.decoders.packed import Packing, pack, takes_packed
 from item_tower.decoders.precision import default_device, fast_bfloat16
+from item_tower.isolation import require_isolated
 from item_tower.prompt import TemplateConfig
 from schemas.errors import ConfigError, StoreError, first_line
 
@@ -78,6 +79,8 @@ def resolve_model(name: str) -> str:
     Raises ConfigError when the package or the folder is not there.
     """
     if not name.startswith("package:"):
+        if (not name or Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
+            raise ConfigError(f"encoder.model = {name!r}: there is no such folder")
         return name
     package, _, subfolder = name.removeprefix("package:").partition("/")
     spec = None
@@ -130,6 +133,8 @@ def _load_pretrained(name: str, settings: EncoderConfig) -> tuple[nn.Module, Any
                 f"{setting} = {name!r} has no tokenizer: save it beside the model (tokenizer.save_pretrained)"
             )
         _require_length(model, tokenizer, settings)
+        if settings.pooling != "item_token":  # a decoder reads what is padded after the text
+            require_isolated(model, tokenizer, name, settings.max_length)
         return model, tokenizer
 
 

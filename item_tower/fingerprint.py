@@ -56,7 +56,8 @@ def _tokenizer(encoder: ItemEncoder) -> str:
     digest = Digest()
     for token, number in sorted(encoder.tokenizer.get_vocab().items()):
         digest.add(token).add(str(number))
-    digest.add(json.dumps(encoder.tokenise([PROBE_TEXT]).input_ids))
+    whole = encoder.tokenizer(PROBE_TEXT, truncation=False)["input_ids"]  # whatever the length that texts are cut to
+    digest.add(json.dumps([whole]))
     return digest.hexdigest()
 
 

@@ -67,7 +67,8 @@ def _peer(context: Context, precision: torch.dtype) -> Any:
         raise ConfigError("bench embed compares with sentence-transformers; pip install -e '.[bench]'") from error
     config = context.config.encoder
     body = Transformer(resolve_model(config.model), max_seq_length=config.max_length)
-    peer = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), config.pooling)])
+    pooling = "lasttoken" if config.pooling == "item_token" else config.pooling
+    peer = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), pooling)])
     return peer.to(precision)
 
 

@@ -30,7 +30,7 @@ from pipeline.cache import (
     snapshot_items,
 )
 from pipeline.catalog import CatalogScan, read_texts, scan_catalog
-from pipeline.gates import GateConfig, choose_probes, lowest_agreement, pass_gate
+from pipeline.gates import GateConfig, check_truncated, choose_probes, lowest_agreement, pass_gate
 from schemas import tables
 from schemas.errors import ConfigError, DataError
 from schemas.records import Snapshot
@@ -194,10 +194,11 @@ def _guard(context: Context, plan: EmbeddingPlan, config: EmbedConfig) -> None:
     share = plan.embedded / max(1, len(plan.scan.keys))
     known = context.store.newest(Snapshot, fingerprint=plan.fingerprint) or context.store.newest(Snapshot)
     if known is not None and plan.embedded > config.full_from and share > config.max_share:
+        same = known.fingerprint == plan.fingerprint
         raise ConfigError(
             f"{plan.embedded} of {len(plan.scan.keys)} texts have no vector of item tower {plan.fingerprint} "
-            f"(the newest snapshot is of {known.fingerprint}); if model or template were meant to change, "
-            f"run again with --allow-full"
+            f"({'as' if same else 'of ' + known.fingerprint + ','} the newest snapshot is); if "
+            f"{'so many texts' if same else 'model or template'} were meant to change, run again with --allow-full"
         )
 
 
@@ -292,10 +293,11 @@ def _publish(
     started, totals = time.perf_counter(), Totals()
     if plan.embedded:
         totals = _embed_missing(context, tower, plan, run_id, driver)
-    way_out = "Raise encoder.max_length, shorten the texts, or raise gates.max_truncated"
-    truncated = pass_gate("truncated", totals.truncated / max(1, totals.texts), limits.max_truncated, way_out)
     reasons, quarantine = _left_out(plan, totals)
-    gates = {"failed": _check_failures(reasons.values(), plan.scan, limits), "truncated": truncated}
+    gates = {
+        "failed": _check_failures(reasons.values(), plan.scan, limits),
+        "truncated": check_truncated(context.store.embeddings, plan.fingerprint, plan.scan.keys, limits),
+    }
     if totals.agreement is not None:
         gates["agreement"] = totals.agreement
     items = _items(plan, reasons, quarantine)

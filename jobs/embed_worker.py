@@ -99,14 +99,15 @@ class EmbedAndWrite:
     def __call__(self, window: pa.Table) -> pa.Table:
         """window: catalog_row (int64, ascending), probe (bool, the same in all rows). Returns one row of REPORT.
 
-        A probe's vectors are returned and not written. Raises FingerprintMismatchError.
+        A probe's vectors are returned and not written. Raises FingerprintMismatchError, and what ``Ledger.begin``
+        raises.
         """
         order = self.order
-        encoder = self.encoder
         rows = window.column(ROW).to_numpy()
         probe = window.column(PROBE)[0].as_py()
         name = -1 if probe else int(rows[0])
         groups, dead = self.ledger.begin(name)
+        encoder = self.encoder
         texts = read_texts(self.catalog, encoder.template, rows)
         result = embed_texts(
             encoder,
@@ -114,6 +115,7 @@ class EmbedAndWrite:
             order.embed,
             suspects=groups,
             failed=dict.fromkeys(dead, "two workers died while embedding it"),
+            tokenising=lambda some: self.ledger.tokenise(name, some),
             attempt=lambda batch, stream: self.ledger.attempt(name, batch, stream),
         )
         file = {"path": None, "size": 0, "rows": 0}

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from item_tower.prompt import TemplateConfig, content_keys, render
 from pipeline.cells import encode_keys
-from pipeline.files import UNREADABLE
+from pipeline.files import UNREADABLE, unreadable_dataset
 from schemas import tables
-from schemas.errors import StoreError
 
 SLICE_ROWS = 65_536
 
@@ -38,7 +37,7 @@ class CatalogScan:
 def _slices(path: Path, columns: list[str], skip: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, pa.Table]]:
     """(first row, rows) of each slice; skip: [row groups], those not to be read."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             start = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
@@ -49,7 +48,7 @@ def _slices(path: Path, columns: list[str], skip: NDArray[np.bool_] | None = Non
                         at += batch.num_rows
                 start += rows
     except UNREADABLE as error:
-        raise StoreError(f"catalog {path} cannot be read: {error}; run prepare-data again") from error
+        raise unreadable_dataset(path, error) from error
 
 
 def _columns(path: Path, template: TemplateConfig) -> list[str]:
@@ -57,8 +56,12 @@ def _columns(path: Path, template: TemplateConfig) -> list[str]:
     try:
         names = pq.read_schema(path).names
     except UNREADABLE as error:
-        raise StoreError(f"catalog {path} cannot be read: {error}; run prepare-data again") from error
-    return list(template.fields) if set(template.fields) <= set(names) else names
+        raise unreadable_dataset(path, error) from error
+    lost = {tables.ITEM_ID, tables.AVAILABLE} - set(names)
+    if lost:
+        raise unreadable_dataset(path, KeyError(f"no column {min(lost)}"))
+    usable = set(names) - set(tables.RESERVED_ITEM_COLUMNS)
+    return list(template.fields) if set(template.fields) <= usable else names
 
 
 def scan_catalog(path: Path, template: TemplateConfig) -> CatalogScan:
@@ -94,7 +97,7 @@ def read_texts(path: Path, template: TemplateConfig, rows: NDArray[np.int64]) ->
     try:
         metadata = pq.read_metadata(path)
     except UNREADABLE as error:
-        raise StoreError(f"catalog {path} cannot be read: {error}; run prepare-data again") from error
+        raise unreadable_dataset(path, error) from error
     ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     skip = np.ones(len(ends), dtype=bool)
     skip[np.searchsorted(ends, rows, side="right")] = False

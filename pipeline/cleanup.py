@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.cache import read_items
 from pipeline.cells import PAIR, decode_keys, key_frame
 from pipeline.embeddings import EmbeddingFile, read_file, read_keys
+from pipeline.files import record_id
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import StoreError
@@ -95,6 +96,7 @@ def clean(
     counts as used. Raises StoreError when others commit all the time, or when the store is damaged.
     """
     now = time.time_ns() // 1_000_000 if now is None else now
+    _check_records(store)
     before = store.size()
     done = Cleaned()
     for record in expired(store, config, now, kept):
@@ -120,6 +122,21 @@ def clean(
     store.embeddings.vacuum(config.job_hours)
     done.freed = max(0, before - store.size())  # a commit's entry may be more than what goes
     return done
+
+
+def _check_records(store: Store) -> None:
+    """Raise StoreError for a snapshot whose age or item tower is not the one that it was published with: what is
+    dropped, and which vectors, is decided by these."""
+    towers = set(store.embeddings.fingerprints())
+    for record in store.all(Snapshot):
+        if record.id != record_id(record.created_at, record.content_digest):
+            raise StoreError(f"{store.folder(record)}: its record is damaged; {store.way_out(record)}")
+        if record.fingerprint not in towers:
+            read_items(store, record)  # checked against a digest that covers the item tower
+            raise StoreError(
+                f"{store.embeddings.folder} holds no vector of item tower {record.fingerprint}, which snapshot "
+                f"{record.id} needs; restore it"
+            )
 
 
 def _needed(store: Store, fingerprint: str) -> pl.DataFrame:

@@ -21,7 +21,7 @@ from pipeline.catalog import SLICE_ROWS
 from pipeline.columns import as_milliseconds
 from pipeline.digests import add_texts, new_digest
 from pipeline.events import EventBuilder, Events
-from pipeline.files import next_created_at, record_id, write_file, write_record
+from pipeline.files import UNREADABLE, next_created_at, record_id, unreadable_dataset, write_file, write_record
 from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.ingest import CleanTables
 from pipeline.intake import to_arrow
@@ -141,7 +141,7 @@ def _write_items(path: Path, items: pl.DataFrame) -> None:
 
 def _write_slices(path: Path, slices: Iterator[pa.Table], **options: Any) -> None:
     first = next(slices)
-    with pq.ParquetWriter(path, first.schema, **options) as file:
+    with pq.ParquetWriter(path, first.schema, write_page_checksum=True, **options) as file:
         file.write_table(first)
         for part in ahead(slices):
             file.write_table(part)
@@ -171,16 +171,16 @@ def read_profile(store: Store, record: Dataset) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read: {error}; run prepare-data again") from error
+        raise unreadable_dataset(path, error) from error
     return found
 
 
 def _columns(store: Store, record: Dataset, name: str, columns: list[str] | None, **options: Any) -> pa.Table:
     path = store.folder(record) / name
     try:
-        return pq.read_table(path, columns=columns, **options)
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"data set {path} cannot be read: {error}; run prepare-data again") from error
+        return pq.read_table(path, columns=columns, page_checksum_verification=True, **options)
+    except UNREADABLE as error:
+        raise unreadable_dataset(path, error) from error
 
 
 def events_before(store: Store, record: Dataset, time: int) -> int:

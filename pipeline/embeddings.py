@@ -13,13 +13,11 @@ import math
 import re
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,17 +28,15 @@ from deltalake.transaction import AddAction
 from numpy.typing import NDArray
 
 from pipeline.cells import decode_keys
-from pipeline.files import UNREADABLE, Folder, Listed, disk_broken, disk_full
+from pipeline.files import UNREADABLE, Folder, Listed, disk_broken, disk_full, on_threads
 from schemas import tables
-from schemas.errors import DataError, StoreError, first_line
+from schemas.errors import DataError, StoreError, first_line, one_line
 from schemas.records import STORE_FORMAT
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 _FORMAT_KEY = "hllm.store_format"
 _PARTITIONS = [tables.FINGERPRINT, tables.FILE]
 _LOG = "_delta_log/"
+_OF = f"partition.{tables.FINGERPRINT}"
 _COMMIT_KEY = "hllm.commit"
 _ATTEMPTS = 50  # to commit between the commits of others
 _BATCH_ROWS = 8_192
@@ -74,7 +70,7 @@ class EmbeddingTable:
         """What Delta reads: entries after the newest checkpoint (and always the newest one), and the checkpoint."""
         listed = self.folder.below(_LOG)
         entries = [each for each in listed if re.fullmatch(_LOG + r"\d{20}\.json", each.name)]
-        checkpoints = [each.name for each in listed if re.fullmatch(_LOG + r"\d{20}\.checkpoint.*", each.name)]
+        checkpoints = [each.name for each in listed if re.fullmatch(_LOG + r"\d{20}\.checkpoint[^#]*", each.name)]
         newest = checkpoints[-1:]
         after = [each for each in entries[:-1] if not newest or each.name[:-5] > newest[0]]
         return after + entries[-1:], newest
@@ -89,7 +85,7 @@ class EmbeddingTable:
             found = table.metadata().configuration.get(_FORMAT_KEY)
         except (DeltaError, OSError) as error:
             raise StoreError(
-                f"{self.folder}: its log cannot be read: {first_line(error)}; restore it (a damaged checkpoint may "
+                f"{self.folder}: its log cannot be read: {one_line(error)}; restore it (a damaged checkpoint may "
                 f"be removed together with _last_checkpoint while every entry of the log is there)"
             ) from error
         if found != str(STORE_FORMAT):
@@ -109,15 +105,13 @@ class EmbeddingTable:
         table = self._open()
         if table is None:
             return []
-        actions = pa.table(table.get_add_actions(flatten=True))
-        return sorted(set(actions.column(f"partition.{tables.FINGERPRINT}").to_pylist()))
+        return sorted({action[_OF] for action in self._actions(table)})
 
     def files(self, fingerprint: str) -> list[EmbeddingFile]:
         """The committed files of one item tower, in the order of their commits: of two rows the first counts."""
         table = self._open()
         if table is None:
             return []
-        actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
         found = [
             EmbeddingFile(
                 name=action[f"partition.{tables.FILE}"],
@@ -128,10 +122,21 @@ class EmbeddingTable:
                 written_at=action["modification_time"],
                 folder=self.folder,
             )
-            for action in actions
-            if action[f"partition.{tables.FINGERPRINT}"] == fingerprint
+            for action in self._actions(table)
+            if action[_OF] == fingerprint
         ]
         return sorted(found, key=lambda file: (file.commit, file.written_at, file.name))
+
+    def _actions(self, table: DeltaTable) -> list[dict[str, Any]]:
+        """The committed files as the log describes them, each under the item tower whose folder it lies in."""
+        found: list[dict[str, Any]] = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+        for action in found:
+            if not action["path"].startswith(f"{tables.FINGERPRINT}={action[_OF]}/"):
+                raise StoreError(
+                    f"{self.folder}: its log names {action['path']} for item tower {action[_OF]}: it is damaged; "
+                    f"restore {_LOG[:-1]}"
+                )
+        return found
 
     def write(self, fingerprint: str, rows: pa.Table) -> dict[str, Any]:
         """Write one Parquet file into the folder, not yet part of the table; called by workers.
@@ -223,9 +228,10 @@ class EmbeddingTable:
         self.folder.delete([each.name for each in staged if each.modified <= oldest])  # of killed commits
         table = self._open()
         assert table is not None
-        table.create_checkpoint()
-        self._flush_log()  # what goes next must not be all that is on the disk
-        table.cleanup_metadata()
+        with _written(self.folder):
+            table.create_checkpoint()
+            self._flush_log()  # what goes next must not be all that is on the disk
+            table.cleanup_metadata()
         return list(gone)
 
     def _commit_at(self, version: int, actions: list[AddAction], **how: Any) -> bool:
@@ -277,9 +283,15 @@ def _check_log(folder: Folder, entries: Sequence[Listed]) -> None:
     """Delta takes an empty entry for a commit that did nothing: a power cut would hide what it held."""
     damaged = next((each.name for each in entries if each.size == 0), None)
     try:
-        for line in folder.read(entries[-1].name).decode().splitlines():
+        newest = folder.read(entries[-1].name)
+    except OSError as error:  # it may be whole
+        raise StoreError(
+            f"{folder}/{entries[-1].name} cannot be read: {error}; see to it and run the command again"
+        ) from error
+    try:
+        for line in newest.decode().splitlines():
             json.loads(line)
-    except (OSError, ValueError):
+    except ValueError:
         damaged = damaged or entries[-1].name
     if damaged is not None:
         raise StoreError(
@@ -370,17 +382,6 @@ def read_column(file: EmbeddingFile, column: str, *, verify: bool) -> Iterator[t
 
 def _only(*columns: str) -> pa.Schema:
     return pa.schema([tables.EMBEDDINGS.field(name) for name in columns])
-
-
-def on_threads(work: Callable[[S], T], parts: Sequence[S], threads: int = 4) -> Iterator[T]:
-    """``work`` of each part, in order, on a few threads, as many parts ahead of the caller."""
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = deque(pool.submit(work, part) for part in parts[:threads])
-        for number in range(len(parts)):
-            result = ahead.popleft().result()
-            if number + threads < len(parts):
-                ahead.append(pool.submit(work, parts[number + threads]))
-            yield result
 
 
 def read_keys(files: Sequence[EmbeddingFile]) -> NDArray[np.uint64]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -17,10 +20,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import pyarrow as pa
 from pydantic import ValidationError
 
-from schemas.errors import DiskFullError, StoreError
+from schemas.errors import DiskFullError, StoreError, first_line
 from schemas.records import STORE_FORMAT, Record
 
 R = TypeVar("R", bound=Record)
+S = TypeVar("S")
+T = TypeVar("T")
 
 # what pyarrow raises for a damaged Parquet file; the last for a damaged column name
 UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
@@ -252,6 +257,17 @@ def exclusive(path: Path) -> Iterator[bool]:
         yield True
 
 
+def on_threads(work: Callable[[S], T], parts: Sequence[S], threads: int = 4) -> Iterator[T]:
+    """``work`` of each part, in order, on a few threads, as many parts ahead of the caller."""
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(work, part) for part in parts[:threads])
+        for number in range(len(parts)):
+            result = ahead.popleft().result()
+            if number + threads < len(parts):
+                ahead.append(pool.submit(work, parts[number + threads]))
+            yield result
+
+
 def remove_folder(path: Path) -> None:
     """Take a folder's name away first, so that no reader finds half of it; one that is gone does not matter."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -289,17 +305,24 @@ def read_record(folder: Path, kind: type[R]) -> R:
 
 def parse_record(data: bytes, path: str, kind: type[R]) -> R:
     """A record from its JSON; path: for messages. Raises StoreError as ``read_record``."""
-    try:
-        record = kind.model_validate_json(data)
-    except ValidationError as error:
-        reason = str(error).splitlines()[0]
-        raise StoreError(f"{path} cannot be read: {reason}; restore it, or remove its folder") from error
-    if record.store_format != STORE_FORMAT:
+    found = STORE_FORMAT
+    with suppress(ValueError, AttributeError):  # else it is damaged, which is said below
+        found = json.loads(data).get("store_format", STORE_FORMAT)
+    if found != STORE_FORMAT:  # before its fields are looked at, which are others there
         raise StoreError(
-            f"{path} has store format {record.store_format}, this version reads {STORE_FORMAT}; "
-            f"use the version that wrote it"
+            f"{path} has store format {found}, this version reads {STORE_FORMAT}; use the version that wrote it"
         )
-    return record
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise StoreError(f"{path} cannot be read: {first_line(error)}; restore it, or remove its folder") from error
+
+
+def unreadable_dataset(path: Path, error: BaseException) -> StoreError:
+    """What to raise for a file of a data set; prepare-data alone would find the same data set there and keep it."""
+    return StoreError(
+        f"{path} cannot be read: {first_line(error)}; restore it, or remove its folder and run prepare-data again"
+    )
 
 
 def next_created_at(existing: list[R]) -> int:

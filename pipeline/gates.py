@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.catalog import CatalogScan
-from pipeline.cells import PAIR, decode_vectors, key_frame
+from pipeline.cells import PAIR, decode_keys, decode_vectors, key_frame
 from pipeline.embeddings import EmbeddingTable, read_file, read_keys
 from schemas import tables
 from schemas.errors import GateError
@@ -27,7 +27,7 @@ class GateConfig(BaseModel):
     max_failed: float = Field(default=0.01, ge=0, le=1)
     """Share of the catalog that may fail in the item tower."""
     max_truncated: float = Field(default=1.0, ge=0, le=1)
-    """Share of tonight's texts that may be longer than ``encoder.max_length``; by default any."""
+    """Share of the catalog's texts that may be longer than ``encoder.max_length``; by default any."""
     max_collapsed: float = Field(default=0.2, ge=0, le=1)
     """Share of random pairs of different texts that may have a cosine above 0.99."""
     min_agreement: float = Field(default=0.999, ge=0, le=1)
@@ -66,6 +66,22 @@ def check_collapse(vectors: NDArray[np.floating], keys: NDArray[np.uint64], limi
     """``collapsed_share``. Raises GateError when too many different texts have one vector."""
     way_out = "The item tower gives different texts one vector: tune it again, or raise gates.max_collapsed"
     return pass_gate("collapsed", collapsed_share(vectors, keys), limits.max_collapsed, way_out)
+
+
+def check_truncated(table: EmbeddingTable, fingerprint: str, keys: NDArray[np.uint64], limits: GateConfig) -> float:
+    """The share of texts that were cut off, of those of ``keys`` [N, 2] that have a vector, each counted once.
+
+    Not of tonight's alone: those of a run that a gate ended are committed. Raises GateError.
+    """
+    parts = [read_file(file, [tables.KEY, tables.TRUNCATED]) for file in table.files(fingerprint)]
+    stored = np.concatenate(
+        [np.zeros((0, 2), dtype=np.uint64), *(decode_keys(part.column(tables.KEY)) for part in parts)]
+    )
+    cut = np.concatenate([np.zeros(0, dtype=bool), *(part.column(tables.TRUNCATED).to_numpy() for part in parts)])
+    first = key_frame(stored).with_row_index("row").unique(PAIR, keep="first", maintain_order=True)
+    read = cut[first.join(key_frame(keys).unique(), on=PAIR, how="semi")["row"].to_numpy()]
+    way_out = "Raise encoder.max_length, shorten the texts, or raise gates.max_truncated"
+    return pass_gate("truncated", float(read.sum()) / max(1, len(read)), limits.max_truncated, way_out)
 
 
 def choose_probes(

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from pipeline.columns import as_id, as_milliseconds, as_number, as_text, time_reasons
 from pipeline.events import EventBuilder, Events, order_events
+from pipeline.files import UNREADABLE, unreadable_dataset
 from pipeline.filters import apply, event_filter, first_events, k_core
 from pipeline.forgotten import FILTER, ForgottenUsers
 from pipeline.importers import Delivery, Kind, delivery, read_file
@@ -71,9 +73,17 @@ def _read_catalog(config: DataConfig, given: Delivery, intake: Intake, previous:
     known = items[tables.ITEM_ID]
     if previous is None:
         return _Catalog(items, known, known[:0])
-    before = pl.scan_parquet(previous).select(tables.ITEM_ID).collect().to_series()
+    before = _ids_before(previous)
     gone = before.filter(~before.is_in(feed.implode()))
     return _Catalog(items, pl.concat([known, gone]).sort() if len(gone) else known, gone)
+
+
+def _ids_before(previous: Path) -> pl.Series:
+    try:
+        found = pq.read_table(previous, columns=[tables.ITEM_ID], page_checksum_verification=True)
+    except UNREADABLE as error:
+        raise unreadable_dataset(previous, error) from error
+    return pl.Series(found.column(tables.ITEM_ID))
 
 
 def _check_swapped(events: pl.DataFrame, path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.columns import as_flag, as_id, as_milliseconds, as_text
+from pipeline.files import unreadable_dataset
 from pipeline.filters import apply, item_filter
 from pipeline.importers import Delivery, read_file
 from pipeline.intake import DataConfig, Intake, column_of, id_reason, require
@@ -97,7 +98,11 @@ def clean_items(config: DataConfig, given: Delivery, intake: Intake) -> tuple[pl
 
 def carry(items: pl.DataFrame, previous: Path, wanted: pl.Series) -> pl.DataFrame:
     """Rows of the data set before for ``wanted`` ids, unavailable, in tonight's columns; null where it had none."""
-    old = pl.scan_parquet(previous).filter(pl.col(tables.ITEM_ID).is_in(wanted.implode())).collect(engine="streaming")
+    kept = pl.scan_parquet(previous).filter(pl.col(tables.ITEM_ID).is_in(wanted.implode()))
+    try:
+        old = kept.collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise unreadable_dataset(previous, error) from error
     columns = []
     for name, dtype in items.schema.items():
         same = name in old.columns and (

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from pipeline.cells import PAIR, decode_vectors, key_frame
 from pipeline.digests import BLOCK_BYTES, block_digest, hash_block, join_blocks
-from pipeline.embeddings import EmbeddingFile, on_threads, read_column, read_keys
-from pipeline.files import PIECE, naming
+from pipeline.embeddings import EmbeddingFile, read_column, read_keys
+from pipeline.files import PIECE, naming, on_threads
 from pipeline.store import Store
 from schemas import tables
 from schemas.errors import EmbeddingError, StoreError

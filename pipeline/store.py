@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 from pipeline.bucket import Bucket
 from pipeline.embeddings import EmbeddingTable
 from pipeline.files import (
-    UNREADABLE,
     Listed,
     LocalFolder,
     naming,
@@ -164,10 +164,9 @@ class Store:
         """A column of each table that is announced, or written and not yet published."""
         found = []
         for path in list(self.parent(Snapshot).glob(f".*/{_ITEMS}")):
-            try:
+            # published, given up, or not yet whole; any other error may hide what is wanted
+            with suppress(FileNotFoundError, pa.ArrowInvalid):
                 found.append(pq.read_table(path, columns=[column]).column(column))
-            except UNREADABLE:  # published, given up, or not yet whole
-                continue
         return found
 
     def _ids(self, kind: type[Record]) -> list[str]:
@@ -310,8 +309,12 @@ class BucketStore(Store):
                 if each.name.endswith(f"/{_ITEMS}"):
                     try:
                         data = self.bucket.read(each.name)
-                    except StoreError:  # given up since it was listed
-                        continue
+                    except StoreError as error:
+                        if isinstance(
+                            error.__cause__, FileNotFoundError
+                        ):  # published or given up since it was listed
+                            continue
+                        raise
                     found.append(pq.read_table(pa.BufferReader(data), columns=[column]).column(column))
         return found
 
@@ -342,7 +345,18 @@ class BucketStore(Store):
 def open_store(where: str) -> Store:
     """The store at a path, or at a bucket's URL; the copies of the latter lie under XDG_CACHE_HOME (~/.cache)."""
     if "://" not in where:
+        if re.match(r"\w+:/", where):
+            raise ConfigError(f"store = {where!r}: an address of a bucket has two slashes: s3://bucket/folder")
+        if re.search("%[0-9A-Fa-f]{2}", str(Path(where).resolve())):
+            raise ConfigError(
+                f"store = {where!r}: the Delta library takes the % in {Path(where).resolve()} for an encoded "
+                f"character and finds nothing there; name a path without it"
+            )
         return Store(Path(where))
+    if not re.match(r"(s3|gs|az)://[^/]", where):
+        raise ConfigError(
+            f"store = {where!r} cannot be opened: it is no path, nor s3://, gs:// or az:// and a bucket"
+        )
     if redact(where) != where:
         raise ConfigError(f"store = {where!r}: an address must hold no secrets; set them in the environment (README)")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 from schemas.secrets import redact
 
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, without the trace that may follow; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, without colours: for one whose first line names neither the file nor the cause."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
 
 
 class PipelineError(Exception):

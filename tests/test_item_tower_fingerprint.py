@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from tokenizers.normalizers import Replace, Sequence
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from item_tower import fingerprint as module
 from item_tower.encoder import ItemEncoder
-from item_tower.fingerprint import fingerprint, ingredients
+from item_tower.fingerprint import PROBE_TEXT, fingerprint, ingredients
 from item_tower.prompt import TemplateConfig
 
 
@@ -101,3 +102,17 @@ def test_names_versions_and_execution_choices_do_not_matter(make_encoder, bert_f
     eager = make_encoder("bert", model=str(moved))
     eager.model.set_attn_implementation("eager")
     assert fingerprint(eager) == expected
+
+
+def test_the_probe_is_read_whole_however_short_texts_are_cut(make_encoder):
+    """The tail of the probe, with what few texts have, tells tokenizers apart that agree on its start."""
+    encoder = make_encoder("bert", max_length=4)
+    before = ingredients(encoder, "float16")["tokenizer"]
+    assert before == ingredients(make_encoder("bert"), "float16")["tokenizer"]
+    backend = encoder.tokenizer.backend_tokenizer
+    backend.normalizer = Sequence([backend.normalizer, Replace("end", "red")])
+    assert (
+        encoder.tokenise([PROBE_TEXT]).input_ids
+        == make_encoder("bert", max_length=4).tokenise([PROBE_TEXT]).input_ids
+    )
+    assert ingredients(encoder, "float16")["tokenizer"] != before

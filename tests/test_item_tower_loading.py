@@ -6,9 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from transformers import MPNetConfig, MPNetModel
+from transformers import AutoTokenizer, FNetConfig, FNetModel, MambaConfig, MambaModel, MPNetConfig, MPNetModel
 
+from item_tower.cpu import speed_up
 from item_tower.embed import encode_texts
 from item_tower.encoder import EncoderConfig, ItemEncoder
 from item_tower.fingerprint import fingerprint
@@ -16,7 +18,15 @@ from item_tower.prompt import TemplateConfig
 from schemas.errors import ConfigError
 
 TEXTS = ["red 1", "the blue 2, year: 3"]
-NOWHERE = ["no/such-folder-or-hub-name", "package:no_such_package/x", "package:torch/no", "package:no.such/x"]
+NOWHERE = [
+    "no/such-folder-or-hub-name",
+    "",
+    "/no/such/folder",
+    "./no/such/folder",
+    "package:no_such_package/x",
+    "package:torch/no",
+    "package:no.such/x",
+]
 
 
 @pytest.mark.parametrize("name", NOWHERE)
@@ -73,3 +83,29 @@ def test_texts_longer_than_the_model_are_refused_beforehand(make_encoder):
     with pytest.raises(ConfigError, match="max_length = 2 leaves no room beside 2 special tokens"):
         make_encoder("bert", max_length=2)
     assert make_encoder("llama", max_length=1000).config.max_length == 1000  # rotary positions end nowhere
+
+
+def test_a_model_whose_vectors_depend_on_the_texts_beside_them_is_refused(bert_folder, tmp_path):
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(bert_folder)
+    FNetModel(
+        FNetConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+    ).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"encoder\.model = .*does not heed its attention mask"):
+        ItemEncoder.from_config(EncoderConfig(model=str(tmp_path), max_length=32), TemplateConfig())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_reads_the_weights_of_its_layers_itself_stays_unpacked(llama_folder, tmp_path, dtype):
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(llama_folder)
+    config = MambaConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    MambaModel(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    settings = EncoderConfig(model=str(tmp_path), max_length=32, pooling="item_token", compute_dtype=dtype)
+    encoder = ItemEncoder.from_config(settings, TemplateConfig(prompt=""))
+    before, *_ = encode_texts(encoder, TEXTS, 256)
+    speed_up(encoder)
+    after, *_ = encode_texts(encoder, TEXTS, 256)
+    assert np.array_equal(after, before)

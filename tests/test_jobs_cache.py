@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from item_tower.encoder import ItemEncoder
 from jobs import bench_nights, embed_worker
 from jobs.config import load_config
 from jobs.context import Context
-from jobs.embed_ledger import MAX_DEATHS, Ledger
+from jobs.embed_ledger import MAX_DEATHS, MAX_IDLE, Ledger
 from pipeline.cache import open_snapshot
 from pipeline.store import Store
 from schemas.errors import EmbeddingError
@@ -21,10 +22,14 @@ from schemas.records import Snapshot
 BASE = ("--set", "item_tower.use=base")
 
 
-def retitle(workspace, **titles: str) -> None:
+def retitle_only(workspace, **titles: str) -> None:
     items = pl.read_csv(workspace.data("items"))
     title = pl.col("item_id").replace_strict(titles, default=pl.col("title"), return_dtype=pl.String)
     items.with_columns(title=title).write_csv(workspace.data("items"))
+
+
+def retitle(workspace, **titles: str) -> None:
+    retitle_only(workspace, **titles)
     workspace.run("prepare-data")
 
 
@@ -56,6 +61,7 @@ def test_most_of_a_catalog_again_needs_a_word(workspace, embed_here):
     error = workspace.fails("embed-items", *limits)
     assert error["kind"] == "Config"
     assert "9 of 24 texts have no vector" in error["error"]
+    assert "if so many texts were meant to change" in error["error"]
     assert "--allow-full" in error["error"]
     assert workspace.published() == before
     assert workspace.run("embed-items", "--plan", *limits)["embedded"] == 9
@@ -313,6 +319,66 @@ def test_of_streams_only_what_ran_alone_is_blamed():
     assert ledger.progress() == done + 4
 
 
+def test_workers_that_die_before_their_first_text_end_the_run():
+    """For want of memory while they load the model, or of a text in the tokenizer, which is found like any other."""
+    ledger = Ledger()
+    for _ in range(MAX_IDLE):
+        assert ledger.begin(0) == ([], [])
+        assert ledger.begin(7) == ([], [])
+        ledger.end(7)  # another window goes well
+    with pytest.raises(EmbeddingError, match=r"3 workers died before their first text.*more memory"):
+        ledger.begin(0)
+    rows, tried = list(range(100)), 0
+    ledger = Ledger()
+    groups, dead = ledger.begin(0)
+    while not dead:
+        for group in [*groups, [row for row in rows if not any(row in group for group in groups)]]:
+            ledger.tokenise(0, group)
+            if 42 in group:
+                break
+        tried += 1
+        groups, dead = ledger.begin(0)
+    assert dead == [42]
+    assert tried <= 9
+    ledger.tokenise(0, [])
+    assert ledger.progress() == 0  # tokenised is not computed
+    ledger.attempt(0, [1, 2], 0)
+    ledger.end(0)
+    assert ledger.progress() == 2
+
+
+def test_what_a_gate_refused_is_refused_again(workspace, embed_here):
+    """The texts are committed by then: the second run embeds none of them."""
+    limits = ("--set", "encoder.max_length=4", "--set", "gates.max_collapsed=1", *BASE)
+    workspace.run("prepare-data")
+    for _ in range(2):
+        error = workspace.fails("embed-items", *limits, "--set", "gates.max_truncated=0.1")
+        assert error["kind"] == "Gate"
+        assert "gate truncated: 1 is above 0.1" in error["error"]
+    assert sum(map(len, embed_here)) == 24
+    workspace.run("embed-items", *limits)
+    assert Store(workspace.store).require(Snapshot).gates["truncated"] == 1
+
+
+def test_a_damaged_catalog_is_named_and_prepared_anew(workspace, embed_here):
+    """Every bit of its texts is covered, and the way out that the message names is one."""
+    workspace.run("prepare-data")
+    (path,) = workspace.store.glob("datasets/*/items.parquet")
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[data.find(b"red ")] ^= 0x10
+    path.write_bytes(data)
+    error = workspace.fails("embed-items", *BASE)["error"]
+    assert "items.parquet cannot be read" in error
+    assert "remove its folder and run prepare-data again" in error
+    path.write_bytes(whole[:-30])
+    retitle_only(workspace, i3="The green 3")
+    assert "remove its folder and run prepare-data again" in workspace.fails("prepare-data")["error"]
+    shutil.rmtree(path.parent)
+    workspace.run("prepare-data")
+    assert workspace.run("embed-items", *BASE)["embedded"] == 24
+
+
 def _die_of_kind() -> None:
     """In every Ray worker: the model takes its process along when it reads the word 'kind'."""
     import os
@@ -329,10 +395,27 @@ def _die_of_kind() -> None:
     ItemEncoder.forward = model
 
 
+def _die_reading_kind() -> None:
+    """In every Ray worker: the tokenizer takes its process along."""
+    import os
+
+    from item_tower.encoder import ItemEncoder
+
+    tokenise = ItemEncoder.tokenise
+
+    def split(self, texts):
+        if any("kind" in text for text in texts):
+            os._exit(139)
+        return tokenise(self, texts)
+
+    ItemEncoder.tokenise = split
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_a_text_that_kills_its_worker_is_left_out(workspace):
+@pytest.mark.parametrize("death", [_die_of_kind, _die_reading_kind])
+def test_a_text_that_kills_its_worker_is_left_out(workspace, death):
     import ray
 
     workspace.run("prepare-data")
@@ -340,7 +423,7 @@ def test_a_text_that_kills_its_worker_is_left_out(workspace):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        runtime_env={"worker_process_setup_hook": _die_of_kind},
+        runtime_env={"worker_process_setup_hook": death},
     )  # fmt: skip
     try:
         done = workspace.run("embed-items", "--set", "gates.max_failed=0.1", "--set", "embed.window=12", *BASE)

@@ -14,11 +14,11 @@ import obstore
 import polars as pl
 import pytest
 from bucket_server import serve
-from night import TOWER, night, right, vector
+from night import TOWER, night, right, scan, vector
 
 from pipeline import embeddings
 from pipeline.bucket import Bucket
-from pipeline.cache import open_snapshot
+from pipeline.cache import announced, open_snapshot, snapshot_items
 from pipeline.cleanup import RetentionConfig, clean
 from pipeline.files import LocalFolder
 from pipeline.store import BucketStore, Store, open_store
@@ -298,3 +298,34 @@ def test_every_command_runs_on_a_bucket(workspace, embed_here, url, tmp_path):
 
 def test_a_path_is_a_local_store(tmp_path):
     assert type(open_store(str(tmp_path))) is Store
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("s3:/bucket/x", "two slashes"),
+        ("s3://", "with a bucket|and a bucket"),
+        ("file:///tmp/x", "is no path, nor s3://"),
+        ("/tmp/a%2Fb/store", "%2F|encoded"),
+    ],
+)
+def test_an_address_that_cannot_be_a_store_is_refused(where, why):
+    with pytest.raises(ConfigError, match=why):
+        open_store(where)
+
+
+def test_a_list_that_the_bucket_does_not_give_now_keeps_what_it_names(store, monkeypatch):
+    night(store, "one", TEXTS[:5])
+    read = Bucket.read
+
+    def busy(self, name):
+        if ".wanted" in name:
+            raise StoreError(f"{name}: 503 Service Unavailable")
+        return read(self, name)
+
+    items = snapshot_items(scan(TEXTS[:3]), set())
+    with announced(store, items):
+        assert [len(column) for column in store.announced("key")] == [3]
+        monkeypatch.setattr(Bucket, "read", busy)
+        with pytest.raises(StoreError, match="503"):
+            clean(store, RetentionConfig(days=0, newest=1, job_hours=1))

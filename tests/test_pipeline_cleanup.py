@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import cleanup, embeddings
@@ -327,3 +328,23 @@ def test_with_retention_past_the_disk_holds_what_snapshots_need(store, tmp_path)
     assert used <= 1.1 * least
     size = sum(path.stat().st_size for path in table.rglob("*.parquet") if "_delta_log" not in path.parts)
     assert size == used
+
+
+def test_a_list_that_cannot_be_read_now_keeps_what_it_names(store, monkeypatch):
+    """Whatever a running job announced is unknown then, and nothing may be taken."""
+    embed(store, ["a", "b"])
+    publish(store, ["a"])
+    before = data_files(store)
+    with announced(store, snapshot_items(scan_of(["a", "b"]), set())):
+        real = pq.read_table
+
+        def fails(path, *rest, **more):
+            if ".wanted" in str(path):
+                raise OSError(5, "Input/output error", str(path))
+            return real(path, *rest, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.store.pq.read_table", fails)
+            with pytest.raises(OSError, match="Input/output error"):
+                clean(store, RetentionConfig(days=0, newest=1, job_hours=1))
+        assert data_files(store) == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,6 +17,7 @@ from night import DIM, TOWER, night, scan, vector
 from pipeline.cache import open_snapshot, plan_embedding
 from pipeline.cleanup import RetentionConfig, clean
 from pipeline.export import write_vectors
+from pipeline.files import LocalFolder
 from pipeline.gates import choose_probes
 from pipeline.store import Store
 from schemas.errors import StoreError
@@ -202,3 +205,55 @@ def test_an_empty_entry_before_the_newest_is_named_too(store):
             reader(store, store.require(Snapshot))
     with pytest.raises(StoreError, match=rf"{entries[-3].name} is cut short or damaged"):
         store.embeddings.commit(TOWER, [])
+
+
+def reword(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+WRONG = {  # one digit or letter
+    ("snapshots/[!.]*/record.json", '"created_at": 1', '"created_at": 2'): "its record is damaged",
+    ("snapshots/[!.]*/record.json", '"fingerprint": "f', '"fingerprint": "d'): "items do not match their digest",
+    ("item_embeddings/_delta_log/*.json", '"fingerprint":"f', '"fingerprint":"d'): "for item tower dfff",
+}
+
+
+@pytest.mark.parametrize(("where", "old", "new"), WRONG, ids=str)
+def test_a_clean_up_drops_nothing_for_a_damaged_record_or_log(made, store, where, old, new):
+    path = [path for path in sorted(store.root.glob(where)) if old in path.read_text()][-1]
+    before = path.read_bytes()
+    reword(path, old, new)
+    with pytest.raises(StoreError, match=WRONG[where, old, new]):
+        clean(store, RetentionConfig(days=14, newest=2, job_hours=0))
+    path.write_bytes(before)
+    for record in store.all(Snapshot):
+        opens(store, record)
+
+
+def test_another_store_format_is_named_whatever_its_fields_are(store):
+    path = sorted(store.root.glob("snapshots/[!.]*/record.json"))[0]
+    reword(path, '"store_format": 2', '"store_format": 3,\n "of_tomorrow": 1')
+    with pytest.raises(StoreError, match="has store format 3, this version reads 2; use the version that wrote it"):
+        store.all(Snapshot)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_an_entry_that_cannot_be_read_now_is_not_called_damaged(store, monkeypatch, error):
+    def fails(self, name):
+        raise OSError(error, os.strerror(error), name)
+
+    monkeypatch.setattr(LocalFolder, "read", fails)
+    with pytest.raises(StoreError, match=rf"\.json cannot be read: .*{os.strerror(error)}.* run the command again"):
+        plans(store, store.require(Snapshot))
+
+
+def test_a_staged_checkpoint_is_none(store):
+    """What a killed clean-up left: the entries before it are looked at as before."""
+    log = store.embeddings.folder.path / "_delta_log"
+    entries = sorted(log.glob("*.json"))
+    (log / f"{entries[-2].stem}.checkpoint.parquet#1").write_bytes(b"")
+    empty(entries[-3])
+    with pytest.raises(StoreError, match=rf"{entries[-3].name} is cut short or damaged"):
+        plans(store, store.require(Snapshot))
