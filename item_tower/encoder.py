@@ -80,7 +80,7 @@ def resolve_model(name: str) -> str:
     """
     if not name.startswith("package:"):
         if (not name or Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-            raise ConfigError(f"encoder.model = {name!r}: there is no such folder")
+            raise ConfigError(f"encoder.model = {name!r} cannot be loaded: there is no such folder")
         return name
     package, _, subfolder = name.removeprefix("package:").partition("/")
     spec = None

@@ -135,7 +135,7 @@ def _check_records(store: Store) -> None:
             read_items(store, record)  # checked against a digest that covers the item tower
             raise StoreError(
                 f"{store.embeddings.folder} holds no vector of item tower {record.fingerprint}, which snapshot "
-                f"{record.id} needs; restore it"
+                f"{record.id} needs; restore it, or remove {store.parent(Snapshot) / record.id}"
             )
 
 

@@ -164,9 +164,12 @@ class Store:
         """A column of each table that is announced, or written and not yet published."""
         found = []
         for path in list(self.parent(Snapshot).glob(f".*/{_ITEMS}")):
-            # published, given up, or not yet whole; any other error may hide what is wanted
-            with suppress(FileNotFoundError, pa.ArrowInvalid):
-                found.append(pq.read_table(path, columns=[column]).column(column))
+            with suppress(pa.ArrowInvalid):  # not yet whole
+                try:
+                    found.append(pq.read_table(path, columns=[column]).column(column))
+                except OSError:
+                    if path.exists():  # else published or given up; this may hide what is wanted
+                        raise
         return found
 
     def _ids(self, kind: type[Record]) -> list[str]:
