@@ -203,7 +203,8 @@ def speed_up(encoder: ItemEncoder) -> None:
             halve(encoder)
             return
         for module, name, child in replaced:
-            delattr(module, name)  # an activation may be a plain function
+            if not isinstance(child, nn.Module):  # an activation may be a plain function
+                delattr(module, name)
             setattr(module, name, child)
 
 

@@ -158,9 +158,9 @@ def embed_texts(
 
     suspects: groups of rows to be embedded by themselves and first, since a worker died over them; failed: rows
     not to be tried, with the reason; ``tokenising`` is told the rows before they are tokenised, and none at the end;
-    ``attempt`` is told the rows of every batch before it is computed, and its
-    stream (see ``in_streams``), whose batch before it is done; suspects are alone, in stream 0. A row whose model
-    call raises, or whose vector is not finite in ``output_dtype`` or is zero, fails once in its batch and once alone.
+    ``attempt`` is told the rows of every batch before it is computed, and its stream (see ``in_streams``), whose
+    batch before it is done; suspects are alone, in stream 0. A row whose model call raises, or whose vector is not
+    finite in ``output_dtype`` or is zero, fails once in its batch and once alone.
     """
     encoder.eval()
     failed = dict(failed or {})

@@ -19,7 +19,8 @@ def require_isolated(model: nn.Module, tokenizer: Any, name: str, max_length: in
 
     name: of the model, for the message. Raises ConfigError where they differ.
     """
-    ids = tokenizer(_TEXT, truncation=True, max_length=max(1, max_length // 2))["input_ids"]
+    least = tokenizer.num_special_tokens_to_add() + 1
+    ids = tokenizer(_TEXT, truncation=True, max_length=max(least, max_length // 2))["input_ids"]
     padded = ids + [tokenizer.pad_token_id or 0] * min(len(ids), max_length - len(ids))
     hidden = []
     for row in (ids, padded):

@@ -127,8 +127,9 @@ def clean(
 def _check_records(store: Store) -> None:
     """Raise StoreError for a snapshot whose age or item tower is not the one that it was published with: what is
     dropped, and which vectors, is decided by these."""
-    towers = set(store.embeddings.fingerprints())
-    for record in store.all(Snapshot):
+    records = store.all(Snapshot)
+    towers = set(store.embeddings.fingerprints())  # after them: a snapshot's vectors are committed before it is there
+    for record in records:
         if record.id != record_id(record.created_at, record.content_digest):
             raise StoreError(f"{store.folder(record)}: its record is damaged; {store.way_out(record)}")
         if record.fingerprint not in towers:
