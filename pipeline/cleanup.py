@@ -34,11 +34,11 @@ class RetentionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    days: float = Field(default=14.0, ge=0)
+    days: float = Field(default=14.0, ge=0, allow_inf_nan=False)
     """A younger snapshot stays."""
     newest: int = Field(default=2, ge=1)
     """So many of every item tower in use stay, however old: of the newest tuned one and of every user tower's."""
-    job_hours: float = Field(default=48.0, ge=0)
+    job_hours: float = Field(default=48.0, ge=0, allow_inf_nan=False)
     """Longer than the longest job: nothing younger is taken, whether a snapshot needs it or not."""
 
 

@@ -18,7 +18,7 @@ FLAGS = {"true": True, "1": True, "yes": True, "": True, "false": False, "0": Fa
 # tried in this order on times that are no numbers; without a zone they are UTC
 TIME_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%m/%d/%Y %I:%M:%S %p")
 Reason = tuple[pl.Expr, str]  # of rows that a condition holds for, why they are not taken
-_PLAIN = (pl.String, pl.Boolean, pl.Float32, pl.Float64)
+_PLAIN = (pl.String, pl.Boolean, pl.Float64)
 _WHOLE = r"^[+-]?\d+$"
 
 
@@ -137,6 +137,8 @@ def as_text(column: pl.Series) -> pl.Series:
     dtype = column.dtype
     if dtype == pl.String:
         return column.set(column == "", None)
+    if dtype == pl.Float32:  # 4.99, as in a file of text, not 4.989999771118164
+        return column.cast(pl.String).cast(pl.Float64)
     if dtype in _PLAIN or (dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128)):
         return column
     if dtype == pl.List and dtype.inner in (pl.String, pl.Int64, pl.Int32, pl.Float64):  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ _SECRET_NAME = re.compile(
 # the container of abfs://container@account is not secret
 _USERINFO = re.compile(r"(?<!abfs)(?<!abfss)(?<!wasbs)://[^/\s'\"<>?#]*@")
 _ARGUMENT = re.compile(
-    r"(?i)([?&;](?:[\w.-]*(?:token|secret|password|signature|credential)|sig|pwd|access_?key(?:_?id)?)=)[^&\s'\"<>]+"
+    r"(?i)([?&;](?:[\w.-]*(?:token|secret|password|signature|credential)|sig|pwd|access_?key(?:_?id)?)=)[^&\s'\"<>\\]+"
 )
 
 

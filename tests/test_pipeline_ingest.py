@@ -50,6 +50,13 @@ def test_whole_numbers_as_ids_meet_text_ids(prepare):
     assert prepare(items, events, kind="parquet").interactions.height == 3
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_price_in_float32_is_the_number_that_a_file_of_text_has(prepare, kind):
+    prices = pl.Series([4.99, 0.1, None], dtype=pl.Float32)
+    found = prepare(ITEMS | {"price": prices}, kind=kind).items["price"].cast(pl.String).to_list()
+    assert found == ["4.99", "0.1", None]
+
+
 def test_bad_rows_are_quarantined_with_file_row_reason_and_raw(prepare):
     events = {
         "user_id": ["u", "", None, "v", "v"],

@@ -185,3 +185,8 @@ def test_a_local_ray_session_listens_on_the_loopback_address_alone():
     found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens")]
     assert len(found) >= 3
     assert set(found) <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def test_a_line_of_json_stays_one():
+    text = 'see <a href="http://x/?v=1&token=abc">it</a>'
+    assert json.loads(redact(json.dumps({"text": text}))) == {"text": text.replace("abc", "***")}
