@@ -240,6 +240,9 @@ def load_config(toml: str | None, name: str | None, sets: list[str]) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from error
     except SettingsError as error:
-        raise ConfigError(f"environment: {error}; set its parts, as in HLLM__TRAIN__EPOCHS=3") from error
+        raise ConfigError(
+            f"environment: {error}; set its parts, as in HLLM__TRAIN__EPOCHS=3, and a list as JSON, as in "
+            f"HLLM__TEMPLATE__FIELDS='[\"title\"]'"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
