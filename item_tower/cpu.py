@@ -134,7 +134,7 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, str, A
     """Pack all linear layers; returns what was replaced, as (module, name, child)."""
     gelu = _gelu(module)
     replaced: list[tuple[nn.Module, str, Any]] = []
-    for name, child in list(module.named_children()):
+    for name, child in module.named_children():
         if type(child) is nn.Linear:
             replaced.append((module, name, child))
             setattr(module, name, PackedLinear(child, dtype, gelu if name == "dense" else None))

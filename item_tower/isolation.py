@@ -15,7 +15,7 @@ _TOLERANCE = 1e-4  # of the largest value; 49 kinds of models differ by less tha
 
 @torch.inference_mode()
 def require_isolated(model: nn.Module, tokenizer: Any, name: str, max_length: int) -> None:
-    """Compare a short text alone with the same one padded, in the model's own dtype, on its device.
+    """Compare a short text alone with the same one padded, by a model as it was loaded, on the CPU.
 
     name: of the model, for the message. Raises ConfigError where they differ.
     """

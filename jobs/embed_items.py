@@ -42,7 +42,6 @@ _SAMPLE = 1_000  # texts tokenised for the estimate of --plan
 class Totals:
     """What the reports of tonight's windows add up to."""
 
-    texts: int = 0
     tokens: int = 0
     padded: int = 0
     truncated: int = 0
@@ -51,7 +50,6 @@ class Totals:
 
     def add(self, report: dict[str, Any]) -> None:
         """Count one window."""
-        self.texts += report["texts"]
         self.tokens += report["tokens"]
         self.padded += report["padded"]
         self.truncated += report["truncated"]

@@ -25,7 +25,6 @@ class Ledger:
     def __init__(self) -> None:
         self.current: dict[int, dict[int, list[int]]] = {}
         self.alone: Counter[tuple[int, int]] = Counter()
-        self.begun: set[int] = set()
         self.idle: Counter[int] = Counter()
         self.done = 0
         self.deaths = 0
@@ -33,9 +32,11 @@ class Ledger:
     def begin(self, window: int) -> tuple[list[list[int]], list[int]]:
         """Groups to try first, each by itself, and rows not to try. Raises EmbeddingError after 100 deaths, or when
         a window lost three workers before its first text."""
-        batches = list(self.current.pop(window, {}).values())
-        self.idle[window] += window in self.begun and not batches
-        self.begun.add(window)
+        lost = self.current.get(window)
+        batches = list((lost or {}).values())
+        self.current[window] = {}
+        if lost == {}:
+            self.idle[window] += 1
         if self.idle[window] >= MAX_IDLE:
             raise EmbeddingError(
                 f"{MAX_IDLE} workers died before their first text, while they loaded the item tower or read the "
@@ -69,7 +70,6 @@ class Ledger:
     def end(self, window: int) -> None:
         """The window is through."""
         self.done += sum(len(rows) for rows in self.current.pop(window, {}).values())
-        self.begun.discard(window)
 
     def progress(self) -> int:
         """Texts computed so far, those of lost workers counted twice."""

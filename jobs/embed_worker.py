@@ -32,7 +32,6 @@ REPORT = pa.schema(
         ("path", pa.string()),
         ("size", pa.int64()),
         ("rows", pa.int64()),
-        ("texts", pa.int64()),
         ("tokens", pa.int64()),
         ("padded", pa.int64()),
         ("truncated", pa.int64()),
@@ -124,7 +123,6 @@ class EmbedAndWrite:
             file = self.store.embeddings.write(order.fingerprint, vectors)
         self.ledger.end(name)
         report = file | {
-            "texts": len(rows),
             "tokens": int(result.n_tokens.sum()),
             "padded": result.padded,
             "truncated": int(result.truncated.sum()),

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.catalog import CatalogScan
 from pipeline.cells import PAIR, decode_keys, decode_vectors, key_frame
 from pipeline.embeddings import EmbeddingTable, read_file, read_keys
+from pipeline.files import on_threads
 from schemas import tables
 from schemas.errors import GateError
 
@@ -73,13 +74,14 @@ def check_truncated(table: EmbeddingTable, fingerprint: str, keys: NDArray[np.ui
 
     Not of tonight's alone: those of a run that a gate ended are committed. Raises GateError.
     """
-    parts = [read_file(file, [tables.KEY, tables.TRUNCATED]) for file in table.files(fingerprint)]
+    files = table.files(fingerprint)
+    parts = list(on_threads(lambda file: read_file(file, [tables.KEY, tables.TRUNCATED]), files))
     stored = np.concatenate(
         [np.zeros((0, 2), dtype=np.uint64), *(decode_keys(part.column(tables.KEY)) for part in parts)]
     )
     cut = np.concatenate([np.zeros(0, dtype=bool), *(part.column(tables.TRUNCATED).to_numpy() for part in parts)])
     first = key_frame(stored).with_row_index("row").unique(PAIR, keep="first", maintain_order=True)
-    read = cut[first.join(key_frame(keys).unique(), on=PAIR, how="semi")["row"].to_numpy()]
+    read = cut[first.join(key_frame(keys), on=PAIR, how="semi")["row"].to_numpy()]
     way_out = "Raise encoder.max_length, shorten the texts, or raise gates.max_truncated"
     return pass_gate("truncated", float(read.sum()) / max(1, len(read)), limits.max_truncated, way_out)
 

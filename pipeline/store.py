@@ -7,7 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -164,12 +164,13 @@ class Store:
         """A column of each table that is announced, or written and not yet published."""
         found = []
         for path in list(self.parent(Snapshot).glob(f".*/{_ITEMS}")):
-            with suppress(pa.ArrowInvalid):  # not yet whole
-                try:
-                    found.append(pq.read_table(path, columns=[column]).column(column))
-                except OSError:
-                    if path.exists():  # else published or given up; this may hide what is wanted
-                        raise
+            try:
+                found.append(pq.read_table(path, columns=[column]).column(column))
+            except pa.ArrowInvalid:
+                continue  # not yet whole
+            except OSError:
+                if path.exists():  # else published or given up; this may hide what is wanted
+                    raise
         return found
 
     def _ids(self, kind: type[Record]) -> list[str]:
@@ -313,11 +314,9 @@ class BucketStore(Store):
                     try:
                         data = self.bucket.read(each.name)
                     except StoreError as error:
-                        if isinstance(
-                            error.__cause__, FileNotFoundError
-                        ):  # published or given up since it was listed
-                            continue
-                        raise
+                        if not isinstance(error.__cause__, FileNotFoundError):
+                            raise
+                        continue  # published or given up since it was listed
                     found.append(pq.read_table(pa.BufferReader(data), columns=[column]).column(column))
         return found
 
@@ -350,9 +349,10 @@ def open_store(where: str) -> Store:
     if "://" not in where:
         if re.match(r"\w+:/", where):
             raise ConfigError(f"store = {where!r}: an address of a bucket has two slashes: s3://bucket/folder")
-        if re.search("%[0-9A-Fa-f]{2}", str(Path(where).resolve())):
+        whole = str(Path(where).resolve())
+        if re.search("%[0-9A-Fa-f]{2}", whole):
             raise ConfigError(
-                f"store = {where!r}: the Delta library takes the % in {Path(where).resolve()} for an encoded "
+                f"store = {where!r}: the Delta library takes the % in {whole} for an encoded "
                 f"character and finds nothing there; name a path without it"
             )
         return Store(Path(where))
